@@ -1,0 +1,1 @@
+"""RLVER in JAX: reinforcement learning of empathetic dialogue from verifiable emotion rewards."""
