@@ -1,0 +1,1 @@
+"""The Qwen2.5 model: architecture, attention, log-probabilities, weights."""

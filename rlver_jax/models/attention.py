@@ -1,0 +1,57 @@
+"""Attention over whole token rows, for training and scoring.
+
+A row may be a tree: the context once, and branches that hang off it (a thought and the reply
+it led to, which later turns see without the thought). Token i sees token j when j <= i and j
+is context or in i's own branch. A plain causal row is a tree without branches.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from rlver_jax.models.qwen2 import Attention
+
+CONTEXT = 0  # branch number of a context token
+PADDING = -1  # branch number of a padding token: it is seen by padding alone
+NEGATIVE = -1e30  # a score that softmax turns into zero without producing NaN
+
+
+def grouped_scores(q_BTHK: jax.Array, k_BSGK: jax.Array) -> jax.Array:
+  """Scaled dot products of queries with their group's keys: float32 [B, G, R, T, S]."""
+  B, T, H, K = q_BTHK.shape
+  G = k_BSGK.shape[2]
+  q = q_BTHK.reshape(B, T, G, H // G, K)
+  scores = jnp.einsum("btgrk,bsgk->bgrts", q, k_BSGK, preferred_element_type=jnp.float32)
+  return scores * K**-0.5
+
+
+def tree_attention(branch_BT: jax.Array, query_block: int = 512) -> Attention:
+  """Attention for rows whose tokens belong to the branches `branch_BT` (int32; see module).
+
+  Queries are processed in blocks of `query_block`, each recomputed in the backward pass, so
+  that no [T, T] array is alive for a row longer than a block.
+  """
+  T = branch_BT.shape[1]
+  order_T = jnp.arange(T)
+
+  def block(q_BtHK, k_BTGK, v_BTGK, branch_Bt, order_t):
+    context_BT = branch_BT == CONTEXT
+    same_BtT = branch_Bt[:, :, None] == branch_BT[:, None]
+    seen_BtT = (order_T[None, None] <= order_t[None, :, None]) & (context_BT[:, None] | same_BtT)
+    scores = jnp.where(seen_BtT[:, None, None], grouped_scores(q_BtHK, k_BTGK), NEGATIVE)
+    weights = jax.nn.softmax(scores, -1).astype(v_BTGK.dtype)
+    return jnp.einsum("bgrts,bsgk->btgrk", weights, v_BTGK).reshape(q_BtHK.shape)
+
+  def attention(q_BTHK, k_BTGK, v_BTGK, layer, state):
+    del layer
+    if T <= query_block or T % query_block:
+      return block(q_BTHK, k_BTGK, v_BTGK, branch_BT, order_T), state
+    n = T // query_block
+
+    def split(x):  # [B, T, ...] -> [n, B, query_block, ...]
+      return jnp.moveaxis(x.reshape(x.shape[0], n, query_block, *x.shape[2:]), 1, 0)
+
+    blocks = (split(q_BTHK), split(branch_BT), order_T.reshape(n, query_block))
+    one = jax.checkpoint(lambda b: block(b[0], k_BTGK, v_BTGK, b[1], b[2]))
+    return jnp.moveaxis(jax.lax.map(one, blocks), 0, 1).reshape(q_BTHK.shape), state
+
+  return attention
