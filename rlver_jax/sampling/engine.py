@@ -1,0 +1,332 @@
+"""The sampling engine: a fixed set of slots over one key/value cache, driven from the host.
+
+A request says what a slot's whole context must be, as token ids. The engine compares it with
+what the slot holds, forgets what differs (a rewind is a smaller length), reads only what is
+new, and samples. So callers keep no cache state, and nothing that is cached is read again.
+
+Every device program has one of a short list of shapes (`EngineSettings.windows`,
+`extend_buckets`); all are compiled by `compile`, before the first request.
+
+On several hosts every process makes the same calls with the same arguments: what is decided
+here depends only on ids and on results, which are replicated.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rlver_jax import partitioning
+from rlver_jax.models.qwen2 import Qwen2
+from rlver_jax.sampling import programs
+from rlver_jax.sampling.sampler import Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSettings:
+  """Sizes of an engine.
+
+  windows: ascending attention windows; the last is the cache length of a slot.
+  extend_buckets: ascending numbers of tokens read at a time.
+  decode_steps: at most this many tokens are drawn before the host looks again.
+  """
+
+  slots: int
+  windows: tuple[int, ...]
+  extend_buckets: tuple[int, ...]
+  decode_steps: int
+
+  @property
+  def cache_length(self) -> int:
+    return self.windows[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """Ids the slot must hold, the numbers of its key (with the seed in front), most new tokens."""
+
+  ids: tuple[int, ...]
+  numbers: tuple[int, int, int, int]  # step, dialogue, turn, call
+  max_new_tokens: int
+
+
+@dataclasses.dataclass
+class Sample:
+  """Ids drawn for a request, their log-probabilities, and whether a stop id ended them."""
+
+  ids: list[int]
+  logprobs: list[float]
+  stopped: bool = False
+
+
+@dataclasses.dataclass
+class EngineStats:
+  """Work done since the last `take_stats`: tokens (padding not counted), and seconds."""
+
+  prefilled: int = 0
+  extended: int = 0
+  drawn: int = 0
+  scored: int = 0
+  seconds: float = 0.0
+
+
+class Engine:
+  """Slots with caches for one model. `model` may be replaced between calls (after an update)."""
+
+  def __init__(
+    self,
+    model: Qwen2,
+    mesh: Mesh,
+    settings: EngineSettings,
+    sampling: Sampling,
+    stop_ids: Sequence[int],
+    seed: int,
+    choices: programs.Choices | None = None,
+  ):
+    self.model, self.settings, self.stats = model, settings, EngineStats()
+    self._mesh, self._seed, self._choices = mesh, seed, choices
+    self._held: list[list[int]] = [[] for _ in range(settings.slots)]
+    self._jobs: dict[int, tuple[Request, Sample]] = {}
+    self._prefix_rows = partitioning.batch_shards(mesh)
+    self._cache = self._new_cache(settings.slots)
+    self._prefixes = self._new_cache(self._prefix_rows)
+    self._compiled: dict[tuple, jax.stages.Compiled] = {}
+    self._decode = functools.partial(
+      programs.decode,
+      steps=settings.decode_steps,
+      sampling=sampling,
+      stop_ids=tuple(sorted(set(stop_ids))),
+    )
+
+  # Requests.
+
+  def prefill(self, prefixes: dict[int, Sequence[int]]) -> None:
+    """Puts the given ids into these slots; ids that several slots share are read once."""
+    with self._clock():
+      slots_of: dict[tuple[int, ...], list[int]] = {}
+      for slot, ids in prefixes.items():
+        if self._held[slot][: len(ids)] != list(ids):
+          slots_of.setdefault(tuple(ids), []).append(slot)
+      distinct = list(slots_of)
+      for first in range(0, len(distinct), self._prefix_rows):
+        batch = distinct[first : first + self._prefix_rows]
+        held: list[list[int]] = [[] for _ in range(self._prefix_rows)]
+        self._prefixes = self._read(self._prefixes, held, dict(enumerate(batch)))
+        self.stats.prefilled += sum(map(len, batch))
+        source = np.full(self.settings.slots, -1, np.int32)
+        for row, ids in enumerate(batch):
+          for slot in slots_of[ids]:
+            source[slot] = row
+            self._held[slot] = list(ids)
+        self._cache = self._run("install", {}, self._cache, self._prefixes, source)
+
+  def fits(self, ids: Sequence[int], new_tokens: int) -> bool:
+    """Whether a slot can hold `ids` and that many tokens more."""
+    return len(ids) + new_tokens <= self.settings.cache_length
+
+  def submit(self, slot: int, request: Request) -> None:
+    """Asks for a sample in a slot; one request a slot at a time."""
+    if slot in self._jobs:
+      raise ValueError(f"slot {slot} has an unfinished request")
+    if not self.fits(request.ids, request.max_new_tokens):
+      raise ValueError(
+        f"slot {slot} is asked to hold {len(request.ids)} + {request.max_new_tokens} tokens, "
+        f"its cache holds {self.settings.cache_length}"
+      )
+    self._jobs[slot] = (request, Sample([], []))
+
+  def step(self) -> dict[int, Sample]:
+    """Reads what the requests need, draws up to `decode_steps` tokens for each, and returns
+    the samples that are complete, by slot. The others go on at the next call."""
+    if not self._jobs:
+      return {}
+    with self._clock():
+      fresh = {s: r.ids[:-1] for s, (r, sample) in self._jobs.items() if not sample.ids}
+      self._extend(fresh)
+      rows = self._rows({s: self._pending(*job) for s, job in self._jobs.items()})
+      numbers = np.zeros((self.settings.slots, 5), np.uint32)
+      drawn, budget = np.zeros((2, self.settings.slots), np.int32)
+      for slot, (request, sample) in self._jobs.items():
+        numbers[slot] = (self._seed, *request.numbers)
+        drawn[slot], budget[slot] = len(sample.ids), request.max_new_tokens
+      limit = min(self.settings.decode_steps, int(np.max(budget - drawn)))
+      # A row never draws past its budget, so its context never outgrows what `submit` checked.
+      ends = rows["start"] + np.minimum(limit, budget - drawn)
+      self._cache, result = self._run(
+        "decode", {"window": self._window(ends)},
+        self._cache, rows["start"], rows["pending"], numbers, drawn, budget, np.int32(limit),
+      )  # fmt: skip
+      return self._take(programs.Drawn(*(np.asarray(x) for x in result)))
+
+  def score(self, contexts: dict[int, Sequence[int]]) -> dict[int, np.ndarray]:
+    """Log-probability of every continuation in `choices` after each slot's context, by slot."""
+    with self._clock():
+      self._extend({slot: ids[:-1] for slot, ids in contexts.items()})
+      rows = self._rows({slot: ids[-1] for slot, ids in contexts.items()})
+      window = self._window(rows["start"])
+      result = self._run("score", {"window": window}, self._cache, rows["start"], rows["pending"])
+      self.stats.scored += len(contexts)
+      logprobs = np.asarray(result)
+      return {slot: logprobs[slot] for slot in contexts}
+
+  def take_stats(self) -> EngineStats:
+    """The work done since the last call."""
+    stats, self.stats = self.stats, EngineStats()
+    return stats
+
+  # Host side of a step.
+
+  def _pending(self, request: Request, sample: Sample) -> int:
+    return sample.ids[-1] if sample.ids else request.ids[-1]
+
+  def _rows(self, pending: dict[int, int]) -> dict[str, np.ndarray]:
+    """Per-slot start and pending token; slots that take no part get start 0."""
+    start, token = np.zeros((2, self.settings.slots), np.int32)
+    for slot, value in pending.items():
+      start[slot], token[slot] = len(self._held[slot]), value
+    return {"start": start, "pending": token}
+
+  def _take(self, drawn: programs.Drawn) -> dict[int, Sample]:
+    """Books the drawn tokens and returns the samples that they complete."""
+    complete = {}
+    for slot, (request, sample) in list(self._jobs.items()):
+      n = int(np.sum(drawn.tokens_BN[slot] >= 0))
+      tokens = drawn.tokens_BN[slot, :n].tolist()
+      self._held[slot] += [self._pending(request, sample), *tokens[:-1]]
+      sample.ids += tokens
+      sample.logprobs += drawn.logprobs_BN[slot, :n].tolist()
+      sample.stopped = bool(drawn.stopped_B[slot])
+      self.stats.drawn += n
+      if sample.stopped or len(sample.ids) >= request.max_new_tokens:
+        complete[slot] = sample
+        del self._jobs[slot]
+    return complete
+
+  def _extend(self, contexts: dict[int, Sequence[int]]) -> None:
+    """Makes each slot hold exactly its ids, reading only what it does not hold already."""
+    for slot, ids in contexts.items():
+      del self._held[slot][_common_length(self._held[slot], ids) :]
+    self.stats.extended += sum(len(ids) - len(self._held[s]) for s, ids in contexts.items())
+    self._cache = self._read(self._cache, self._held, contexts)
+
+  def _read(self, cache, held: list[list[int]], contexts: dict[int, Sequence[int]]):
+    """Reads the rest of each context into its row of `cache`, and books it in `held`."""
+    while longest := max((len(ids) - len(held[r]) for r, ids in contexts.items()), default=0):
+      bucket = self._bucket(longest)
+      tokens = np.zeros((len(held), bucket), np.int32)
+      start, count = np.zeros((2, len(held)), np.int32)
+      for row, ids in contexts.items():
+        part = ids[len(held[row]) : len(held[row]) + bucket]
+        start[row], count[row] = len(held[row]), len(part)
+        tokens[row, : len(part)] = part
+        held[row] += part
+      window = self._window(start + count)
+      cache = self._run("extend", {"window": window}, cache, tokens, start, count)
+    return cache
+
+  def _bucket(self, tokens: int) -> int:
+    """How many tokens to read at a time: the most, of which at least half are needed."""
+    buckets = self.settings.extend_buckets
+    return max((b for b in buckets if b <= 2 * tokens), default=buckets[0])
+
+  def _window(self, ends: np.ndarray) -> int:
+    """The smallest attention window that holds positions below every end, and one more."""
+    end = int(np.max(ends)) + 1
+    return next((w for w in self.settings.windows if w >= end), self.settings.cache_length)
+
+  # Device programs.
+
+  def _new_cache(self, rows: int) -> programs.Cache:
+    c = self.model.config
+    shape = (c.num_hidden_layers, rows, c.num_key_value_heads, self.settings.cache_length)
+    shape += (c.head_dim,)
+    where = partitioning.sharding(self._mesh, shape, programs.CACHE_AXES)
+    zeros = jax.jit(lambda: jnp.zeros(shape, c.dtype), out_shardings=where)
+    return programs.Cache(zeros(), zeros())
+
+  def _program(self, name: str, static: dict) -> jax.stages.Wrapped:
+    functions = {
+      "extend": (programs.extend, (1,)),
+      "install": (programs.install, (0,)),
+      "decode": (self._decode, (1,)),
+      "score": (functools.partial(programs.score, choices=self._choices), ()),
+    }
+    function, donated = functions[name]
+    cache = jax.tree.map(lambda x: x.sharding, self._cache)
+    everywhere = partitioning.replicated(self._mesh)
+    out = {"decode": (cache, everywhere), "score": everywhere}.get(name, cache)
+    return jax.jit(functools.partial(function, **static), donate_argnums=donated, out_shardings=out)
+
+  def _arguments(self, name: str, arguments: tuple) -> tuple:
+    return arguments if name == "install" else (self.model, *arguments)
+
+  def _run(self, name: str, static: dict, *arguments):
+    key = (name, *static.values(), *(np.shape(x) for x in arguments[1:] if name == "extend"))
+    arguments = self._arguments(name, arguments)
+    if key not in self._compiled:
+      self._compiled[key] = self._program(name, static).lower(*arguments).compile()
+    return self._compiled[key](*arguments)
+
+  def compile(self) -> int:
+    """Compiles every program the settings allow, several at a time; returns how many."""
+    slots, buckets = self.settings.slots, self.settings.extend_buckets
+
+    def ints(*shape):
+      return np.zeros(shape, np.int32)
+
+    rows = (self._cache, ints(slots), ints(slots))
+    numbers = np.zeros((slots, 5), np.uint32)
+    wanted: list[tuple[str, dict, tuple]] = [
+      ("install", {}, (self._cache, self._prefixes, ints(slots)))
+    ]
+    for window in self.settings.windows:
+      static = {"window": window}
+      decode = (*rows, numbers, ints(slots), ints(slots), np.int32(0))
+      wanted.append(("decode", static, decode))
+      if self._choices is not None:
+        wanted.append(("score", static, rows))
+      for bucket in buckets:
+        for cache in (self._cache, self._prefixes):
+          n = cache.k.shape[1]
+          wanted.append(("extend", static, (cache, ints(n, bucket), ints(n), ints(n))))
+
+    def build(item):
+      name, static, arguments = item
+      key = (name, *static.values(), *(np.shape(x) for x in arguments[1:] if name == "extend"))
+      lowered = self._program(name, static).lower(*self._arguments(name, arguments))
+      return key, lowered.compile()
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+      self._compiled.update(pool.map(build, wanted))
+    return len(self._compiled)
+
+  def cache_bytes(self) -> dict[int, int]:
+    """Bytes of the cache on each addressable device."""
+    return partitioning.bytes_per_device(self._cache)
+
+  @contextlib.contextmanager
+  def _clock(self):
+    """Adds the time of a `with` block to the engine's seconds."""
+    start = time.perf_counter()
+    try:
+      yield
+    finally:
+      self.stats.seconds += time.perf_counter() - start
+
+
+def _common_length(held: list[int], ids: Iterable[int]) -> int:
+  """How many leading ids two contexts share."""
+  n = 0
+  for a, b in zip(held, ids, strict=False):
+    if a != b:
+      break
+    n += 1
+  return n
