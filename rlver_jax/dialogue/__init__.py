@@ -1,0 +1,1 @@
+"""Dialogues between a policy and a simulated user."""
