@@ -1,0 +1,96 @@
+"""Finished dialogues as JSON lines, in the format of recorded Sentient-benchmark dialogues.
+
+A record holds the profile's fields, the final emotion and its state, and `history`: a list of
+messages, the user's with `emotion-point` and the `planning` that led to it. Added here: the
+place in the batch, why the dialogue ended, token counts, and the policy's thoughts.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from rlver_jax.dialogue import emotion as emotion_lib
+from rlver_jax.dialogue.dialogue import Dialogue, Plan, Turn, UserMessage
+
+
+def record(dialogue: Dialogue) -> dict[str, Any]:
+  """One finished dialogue as a JSON object."""
+  s = dialogue.scenario
+  history = []
+  if dialogue.opening is not None:
+    history.append(_user(dialogue.opening, dialogue.rules.initial_emotion, None))
+  for turn in dialogue.turns:
+    history += _exchange(turn)
+  return {
+    "id": s.id,
+    "emo_point": dialogue.emotion,
+    "emo_state": f"Emotion-{emotion_lib.state(dialogue.emotion)}",
+    "target": "eq",
+    "player": s.persona,
+    "scene": s.background,
+    "character": s.character,
+    "topic": s.topic,
+    "task": s.task,
+    "history": history,
+    "dialogue": dialogue.index,
+    "group": dialogue.group,
+    "end": dialogue.end,
+    "tokens": {
+      "policy": sum(t.reply.sampled_tokens for t in dialogue.turns),
+      "simulator": simulator_tokens(dialogue),
+    },
+  }
+
+
+def simulator_tokens(dialogue: Dialogue) -> int:
+  """Tokens that the simulator sampled in a dialogue."""
+  said = [dialogue.opening, *(t.message for t in dialogue.turns)]
+  plans = sum(t.plan.tokens for t in dialogue.turns)
+  return plans + sum(m.tokens for m in said if m is not None)
+
+
+def _user(message: UserMessage | None, emotion: int, plan: Plan | None) -> dict[str, Any]:
+  """The user's side of a turn; a dialogue that ended before its message has empty content."""
+  entry: dict[str, Any] = {
+    "role": "user",
+    "content": message.text if message else "",
+    "emotion-point": emotion,
+    "tokens": message.tokens if message else 0,
+  }
+  if plan is not None:
+    entry["planning"] = {
+      "content": plan.content,
+      "TargetCompletion": plan.completion,
+      "activity": plan.activity,
+      "analyse": plan.feeling,
+      "change": plan.change,
+      "parsed": plan.parsed,
+      "tokens": plan.tokens,
+    }
+  return entry
+
+
+def _exchange(turn: Turn) -> list[dict[str, Any]]:
+  reply: dict[str, Any] = {
+    "role": "assistant",
+    "content": turn.reply.text,
+    "tokens": turn.reply.sampled_tokens,
+  }
+  if turn.reply.thought is not None:
+    reply |= {"thinking": turn.reply.thought, "well_formed": turn.reply.well_formed}
+  return [reply, _user(turn.message, turn.emotion, turn.plan)]
+
+
+def write(path: str | os.PathLike, dialogues: Sequence[Dialogue]) -> None:
+  """Writes the records of these dialogues to a file, all or nothing."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{path.name}.tmp")
+  with open(temporary, "w", encoding="utf-8") as file:
+    for dialogue in dialogues:
+      file.write(json.dumps(record(dialogue), ensure_ascii=False) + "\n")
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)

@@ -1,0 +1,259 @@
+"""Prompt templates: one text file per language, read once and checked on reading.
+
+    === name ===        opens a section; `#` lines before the first one are comments
+    text with {field}   filled in by `Templates.render`; a literal brace is doubled
+
+The simulated user is the assistant of an append-only chat: `system` (who it is), then for each
+turn `helper` (the reply, quoted), `plan` or `choice` (appraise it) and `message` (speak).
+Values are inserted verbatim and never read as a template, so nothing that a policy writes can
+alter a prompt. What the simulator writes is read back by `parse_plan` and `is_goodbye`.
+"""
+
+import dataclasses
+import importlib.resources
+import pathlib
+import re
+import string
+import unicodedata
+
+from rlver_jax.dialogue.emotion import MAX_CHANGE, MIN_CHANGE
+from rlver_jax.errors import UserError
+
+PLAN_FIELDS = ("content", "completion", "activity", "feeling")
+LABELS = (*PLAN_FIELDS, "change")
+SECTIONS = {  # section -> the placeholders that it must have, and no others
+  "system": {"persona", "background", "character", "traits", "task"},
+  "opening": {"emotion", "state"},
+  "helper": {"reply"},
+  "plan": {"emotion", "state"},
+  "choice": {"emotion", "state"},
+  "message": {"emotion", "state", "change", *PLAN_FIELDS},
+  "labels": set(),
+  "goodbye": set(),
+  "policy": set(),
+  "policy_think": set(),
+}
+
+_HEADER = re.compile(r"===\s*(\S+)\s*===\s*")
+_INTEGER = re.compile(r"([+-]?)\s?([0-9]{1,2})")
+_MINUS = str.maketrans("−–—", "---")  # NFKC leaves these dashes as they are
+_MARKUP = "*_`~ \t"  # Markdown emphasis around a label or a value
+
+
+@dataclasses.dataclass(frozen=True)
+class Templates:
+  """The templates of one language.
+
+  sections: name -> parts, each a literal text and the field that follows it (None at the end).
+  labels: the five names of the appraisal's lines, in order: content, ..., change.
+  goodbye: the phrases that end a dialogue, as written in the file.
+  """
+
+  language: str
+  sections: dict[str, tuple[tuple[str, str | None], ...]]
+  labels: dict[str, str]
+  goodbye: tuple[str, ...]
+
+  def __post_init__(self):
+    names = "|".join(re.escape(x) for x in sorted(self.labels.values(), key=len, reverse=True))
+    lead = r"\s*(?:[-*+•>#]+\s+|[0-9]{1,2}[.)、]\s*)*"
+    line = rf"{lead}[{_MARKUP}]*({names})[{_MARKUP}]*[:：](.*)"
+    object.__setattr__(self, "_label_line", re.compile(line, re.IGNORECASE))
+    object.__setattr__(self, "_goodbye", _goodbye_pattern(self.goodbye, self.language))
+
+  def render(self, section: str, **fields) -> str:
+    """The section's text with every field inserted verbatim.
+
+    Raises:
+      KeyError: there is no such section.
+      TypeError: `fields` are not exactly the section's placeholders.
+    """
+    parts = self.sections[section]
+    if fields.keys() != SECTIONS[section]:
+      raise TypeError(f"section {section} takes {sorted(SECTIONS[section])}, not {sorted(fields)}")
+    return "".join(text + (str(fields[name]) if name else "") for text, name in parts)
+
+  def is_goodbye(self, text: str) -> bool:
+    """Whether a message of the user holds a phrase that ends the dialogue."""
+    return self._goodbye.search(_comparable(text)) is not None
+
+  def parse_plan(self, text: str) -> tuple[dict[str, str], int | None]:
+    """Reads the appraisal that the simulator wrote.
+
+    Returns:
+      The fields content, completion, activity and feeling ("" where absent; a field reaches to
+      the next labelled line; the last one counts where a label comes twice) and the change, or
+      None. The last line labelled as the change decides alone: where it holds anything but an
+      integer in -10..10, an earlier one (a quotation of the reply, say) does not stand in.
+    """
+    by_name = {label.casefold(): field for field, label in self.labels.items()}
+    found: dict[str, list[str]] = {}
+    lines: list[str] = []
+    change_line = None
+    for line in text.splitlines():
+      if match := self._label_line.fullmatch(line):
+        field = by_name[match[1].casefold()]
+        lines = found[field] = [match[2]]
+        change_line = match[2] if field == "change" else change_line
+      else:
+        lines.append(line)
+    fields = {field: _plain("\n".join(found.get(field, ()))) for field in PLAN_FIELDS}
+    return fields, None if change_line is None else _integer(change_line)
+
+
+def load(language: str, folder: str = "") -> Templates:
+  """Reads FOLDER/{language}.txt, or the package's own file where `folder` is "".
+
+  Raises:
+    UserError: the file or a section is missing, a section is unknown or comes twice, a
+      placeholder is unknown or missing, a label is missing, or there is no goodbye phrase.
+  """
+  if folder:
+    path = pathlib.Path(folder, f"{language}.txt")
+  else:
+    path = importlib.resources.files("rlver_jax.dialogue") / "prompts" / f"{language}.txt"
+  try:
+    text = path.read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(
+      f"the prompt templates {path} cannot be read ({error}), a UTF-8 text file was expected"
+    ) from error
+
+  sections, plain, first_line = {}, {}, {}
+  for name, lines in _split(text, path).items():
+    first_line[name] = lines[0][0] if lines else 0
+    sections[name] = _parse(name, lines, path)
+    plain[name] = "".join(text for text, _ in sections[name])
+  if absent := [name for name in SECTIONS if name not in sections]:
+    raise UserError(f"{path} has no section {absent[0]!r}, expected a line '=== {absent[0]} ==='")
+  labels = _labels(plain["labels"], path, first_line["labels"])
+  for label in labels.values():
+    if not re.search(rf"{re.escape(label)}\s*[:：]", plain["plan"]):
+      raise UserError(
+        f"{path}, line {first_line['plan']}: section 'plan' does not name the label {label!r},"
+        f" expected a line '{label}: ...' as in section 'labels'"
+      )
+  goodbye = tuple(line.strip() for line in plain["goodbye"].splitlines() if line.strip())
+  if not goodbye:
+    raise UserError(f"{path} has no phrase in section 'goodbye', expected at least one")
+  return Templates(language, sections, labels, goodbye)
+
+
+def _split(text: str, path) -> dict[str, list[tuple[int, str]]]:
+  """Section name -> its numbered lines, without the blank ones around them."""
+  sections: dict[str, list[tuple[int, str]]] = {}
+  current = None
+  for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), 1):
+    if header := _HEADER.fullmatch(line):
+      name = header[1]
+      if name not in SECTIONS:
+        raise UserError(
+          f"{path}, line {number}: unknown section {name!r}, expected one of {', '.join(SECTIONS)}"
+        )
+      if name in sections:
+        raise UserError(f"{path}, line {number}: section {name!r} comes twice, expected once")
+      current = sections[name] = []
+    elif current is not None:
+      current.append((number, line))
+    elif line.strip() and not line.startswith("#"):
+      raise UserError(
+        f"{path}, line {number}: found text before the first section,"
+        " expected a comment that starts with # or a line '=== name ==='"
+      )
+  for lines in sections.values():
+    while lines and not lines[-1][1].strip():
+      lines.pop()
+    while lines and not lines[0][1].strip():
+      lines.pop(0)
+  return sections
+
+
+def _parse(name: str, lines: list[tuple[int, str]], path) -> tuple[tuple[str, str | None], ...]:
+  """A section's (literal text, field) pairs, checked against what the section must have."""
+  expected = SECTIONS[name]
+  wanted = f"expected {', '.join(sorted(expected)) or 'none'}"
+  parts, literal, seen = [], [], set()
+  for i, (number, line) in enumerate(lines):
+    where = f"{path}, line {number}"
+    try:
+      pieces = list(string.Formatter().parse(line))
+    except ValueError as error:
+      raise UserError(
+        f"{where}: found a brace that cannot be read ({error}), a literal brace is doubled"
+      ) from error
+    for text, field, spec, conversion in pieces:
+      literal.append(text)
+      if field is None:
+        continue
+      if field not in expected or spec or conversion:
+        raise UserError(
+          f"{where}: section {name!r} has the unknown placeholder {{{field}}}, {wanted}"
+        )
+      parts.append(("".join(literal), field))
+      literal = []
+      seen.add(field)
+    if i + 1 < len(lines):
+      literal.append("\n")
+  if missing := sorted(expected - seen):
+    where = f"{path}, line {lines[0][0]}" if lines else f"{path}"
+    raise UserError(f"{where}: section {name!r} lacks the placeholder {{{missing[0]}}}, {wanted}")
+  parts.append(("".join(literal), None))
+  if name not in ("labels", "goodbye") and not seen and not parts[0][0].strip():
+    raise UserError(f"{path}: section {name!r} is empty, expected text")
+  return tuple(parts)
+
+
+def _labels(text: str, path, first_line: int) -> dict[str, str]:
+  """The labels by field, in the order of `LABELS`."""
+  labels: dict[str, str] = {}
+  for number, line in enumerate(text.splitlines(), first_line):
+    if not line.strip():
+      continue
+    field, _, label = (x.strip() for x in line.partition(":"))
+    taken = {x.casefold() for x in labels.values()}
+    if field not in LABELS or field in labels or not label or label.casefold() in taken:
+      raise UserError(
+        f"{path}, line {number}: found {line.strip()!r} in section 'labels',"
+        f" expected 'field: label' once for each of {', '.join(LABELS)}"
+      )
+    labels[field] = label
+  if absent := [field for field in LABELS if field not in labels]:
+    raise UserError(
+      f"{path}: section 'labels' has no label for {absent[0]!r}, expected a line '{absent[0]}: ...'"
+    )
+  return {field: labels[field] for field in LABELS}
+
+
+def _goodbye_pattern(phrases: tuple[str, ...], language: str) -> re.Pattern:
+  """Any of the phrases; one that starts or ends with a letter does so at a word boundary.
+
+  Chinese has no such boundaries, so there only ASCII letters count as letters.
+  """
+  flags = re.ASCII if language == "zh" else re.NOFLAG
+  alternatives = []
+  for phrase in map(_comparable, phrases):
+    start = r"(?<!\w)" if re.match(r"\w", phrase, flags) else ""
+    end = r"(?!\w)" if re.match(r"\w", phrase[-1], flags) else ""
+    alternatives.append(start + re.escape(phrase) + end)
+  return re.compile("|".join(alternatives), flags)
+
+
+def _comparable(text: str) -> str:
+  """Casefolded, with one kind of apostrophe, full-width forms narrowed and spaces collapsed."""
+  text = unicodedata.normalize("NFKC", text).casefold().replace("’", "'")
+  return " ".join(text.split())
+
+
+def _plain(text: str) -> str:
+  """A field's text without the Markdown emphasis around it."""
+  return text.strip().strip(_MARKUP).strip()
+
+
+def _integer(text: str) -> int | None:
+  """The integer in -10..10 that is all of `text`, or None."""
+  text = unicodedata.normalize("NFKC", text).translate(_MINUS).strip().strip(_MARKUP)
+  match = _INTEGER.fullmatch(text.rstrip(".。 "))
+  if not match:
+    return None
+  value = int(match[1] + match[2])
+  return value if MIN_CHANGE <= value <= MAX_CHANGE else None
