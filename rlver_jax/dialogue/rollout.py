@@ -1,0 +1,73 @@
+"""Plays a batch of dialogues: gathers what they ask for, and hands the answers back.
+
+The loop knows slots and stages only. In which order answers arrive, how many dialogues are
+under way at once and which slot one occupies change nothing in what a dialogue says.
+"""
+
+import collections
+from collections.abc import Callable, Sequence
+
+from rlver_jax.dialogue.dialogue import Dialogue, Rules, Stage
+from rlver_jax.dialogue.policy import Policy
+from rlver_jax.dialogue.scenario import Scenario
+from rlver_jax.dialogue.simulators.base import Simulator
+
+
+def rollout(
+  policy: Policy,
+  simulator: Simulator,
+  scenarios: Sequence[Scenario],
+  *,
+  group_size: int,
+  rules: Rules,
+  slots: int,
+  step: int,
+  on_round: Callable[[], None] = lambda: None,
+) -> list[Dialogue]:
+  """Plays `group_size` dialogues for each scenario to their ends.
+
+  Args:
+    slots: dialogues under way at once; a finished one's slot goes to the next in line.
+    step: enters the randomness, with the seed that the engines hold.
+    on_round: called once a round; what it raises ends the rollout.
+
+  Returns:
+    The dialogues in batch order: those of scenario g are `group_size` neighbours.
+  """
+  dialogues = [
+    Dialogue(index=group * group_size + i, group=group, scenario=scenario, rules=rules)
+    for group, scenario in enumerate(scenarios)
+    for i in range(group_size)
+  ]
+  policy.start(step)
+  simulator.start(step)
+  waiting = collections.deque(dialogues)
+  free = list(range(slots))
+  active: dict[int, Dialogue] = {}
+  while waiting or active:
+    on_round()
+    placed = {}
+    while waiting and free:
+      placed[free.pop(0)] = waiting.popleft()
+    if placed:
+      policy.open(placed)
+      simulator.open(placed)
+      active |= placed
+      for slot, dialogue in placed.items():
+        _ask(policy, simulator, slot, dialogue)
+    for player in (policy, simulator):
+      for slot, answer in player.poll().items():
+        dialogue = active[slot]
+        dialogue.advance(answer)
+        if dialogue.stage is Stage.DONE:
+          del active[slot]
+          free.append(slot)
+        else:
+          _ask(policy, simulator, slot, dialogue)
+  return dialogues
+
+
+def _ask(policy: Policy, simulator: Simulator, slot: int, dialogue: Dialogue) -> None:
+  """Puts the dialogue's question to whoever answers questions of its stage."""
+  player = policy if dialogue.stage is Stage.POLICY else simulator
+  player.submit(slot, dialogue)

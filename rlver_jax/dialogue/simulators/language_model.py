@@ -1,0 +1,232 @@
+"""The simulated user as a frozen language model (SAGE's procedure, arXiv 2505.02847).
+
+The user is the assistant of the simulator's own chat, which only grows: instructions and
+persona, then the dialogue, each question last. A turn is one appraisal (a plan), read either
+from its text or by scoring the integers, and one message. What was asked and appraised is
+forgotten once the user has spoken; the engine finds what it still holds.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from rlver_jax.dialogue import emotion as emotion_lib
+from rlver_jax.dialogue.dialogue import Answer, Dialogue, NoRoom, Plan, Stage, UserMessage
+from rlver_jax.dialogue.scenario import Scenario
+from rlver_jax.dialogue.templates import Templates
+from rlver_jax.errors import UserError
+from rlver_jax.sampling import programs
+from rlver_jax.sampling.engine import Engine, Request, Sample
+from rlver_jax.tokenizer import Tokenizer
+
+OPENING_CALL, PLAN_CALL, MESSAGE_CALL = 1, 2, 3  # see policy.POLICY_CALL
+CHANGES = range(emotion_lib.MIN_CHANGE, emotion_lib.MAX_CHANGE + 1)
+SILENCE = "…"  # what the user says when the model says nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulatorSettings:
+  """score: 'generate' reads the change from the appraisal's text, `choice` scores the integers.
+  appraise: whether an appraisal is written at all (it must be to `generate`)."""
+
+  score: str
+  appraise: bool
+  max_plan_tokens: int
+  max_message_tokens: int
+
+
+def change_choices(tokenizer: Tokenizer) -> programs.Choices:
+  """The integers -10..10, each ended as a message is ended, so that none begins another."""
+  end = tokenizer.chat.assistant_end[0]
+  return programs.choices([[*tokenizer.encode(str(change)), end] for change in CHANGES])
+
+
+def persona_ids(tokenizer: Tokenizer, templates: Templates, scenario: Scenario) -> list[int]:
+  """The prefix that all dialogues of one scenario share: instructions, persona, background."""
+  text = templates.render(
+    "system",
+    persona=scenario.persona,
+    background=scenario.background,
+    character=scenario.character,
+    traits=", ".join(scenario.traits),
+    task=scenario.task,
+  )
+  return tokenizer.chat.system(text)
+
+
+def check_room(
+  tokenizer: Tokenizer,
+  templates: dict[str, Templates],
+  scenarios: list[Scenario],
+  settings: SimulatorSettings,
+  cache_length: int,
+) -> None:
+  """Raises UserError for a scenario whose persona leaves no room for a single turn."""
+  turn = settings.max_plan_tokens + settings.max_message_tokens
+  for scenario in scenarios:
+    persona = len(persona_ids(tokenizer, templates[scenario.language], scenario))
+    if persona + turn > cache_length:
+      raise UserError(
+        f"simulator.cache_length is {cache_length} tokens, but the persona of scenario "
+        f"{scenario.id} takes {persona} and a turn may take {turn} more, expected a cache "
+        f"that holds both."
+      )
+
+
+@dataclasses.dataclass
+class _Chat:
+  """One dialogue as the simulator's chat: `kept` stays, `scratch` is forgotten with the turn."""
+
+  dialogue: Dialogue
+  kept: list[int]
+  scratch: list[int] = dataclasses.field(default_factory=list)
+  appraisal: str = ""
+  tokens: int = 0
+
+
+class LanguageModelSimulator:
+  """Implements `base.Simulator` with a frozen model behind an engine.
+
+  The engine's `choices` must be `change_choices`: they are also the way out when an appraisal
+  holds no readable change.
+  """
+
+  def __init__(
+    self,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    templates: dict[str, Templates],
+    settings: SimulatorSettings,
+  ):
+    self.engine, self.settings = engine, settings
+    self._tokenizer, self._wrap, self._templates = tokenizer, tokenizer.chat, templates
+    self._chats: dict[int, _Chat] = {}
+    self._to_score: dict[int, list[int]] = {}
+    self._answers: dict[int, Answer] = {}
+    self._step = 0
+
+  def start(self, step: int) -> None:
+    self._step = step
+
+  def open(self, placed: dict[int, Dialogue]) -> None:
+    for slot, dialogue in placed.items():
+      persona = persona_ids(self._tokenizer, self._template(dialogue), dialogue.scenario)
+      self._chats[slot] = _Chat(dialogue, persona)
+    self.engine.prefill({slot: self._chats[slot].kept for slot in placed})
+
+  def submit(self, slot: int, dialogue: Dialogue) -> None:
+    chat = self._chats[slot]
+    match dialogue.stage:
+      case Stage.OPENING:
+        self._generate(slot, self._opening(chat), OPENING_CALL, self.settings.max_message_tokens)
+      case Stage.PLAN:
+        chat.appraisal, chat.tokens = "", 0
+        self._catch_up(chat)
+        if self.settings.appraise:
+          chat.scratch = self._helper(chat, "plan")
+          self._generate(slot, chat.scratch, PLAN_CALL, self.settings.max_plan_tokens)
+        else:
+          chat.scratch = self._helper(chat, "choice")
+          self._score(slot, chat.scratch)
+      case Stage.MESSAGE:
+        plan = dialogue.last_plan
+        fields = {f: getattr(plan, f) for f in ("content", "completion", "activity", "feeling")}
+        question = self._render(chat, "message", change=f"{plan.change:+d}", **fields)
+        chat.scratch += [*self._wrap.user(question), *self._wrap.assistant_start]
+        self._generate(slot, chat.scratch, MESSAGE_CALL, self.settings.max_message_tokens)
+
+  def poll(self) -> dict[int, Answer]:
+    ready, self._answers = self._answers, {}
+    if self._to_score:
+      contexts, self._to_score = self._to_score, {}
+      for slot, logprobs in self.engine.score(contexts).items():
+        ready[slot] = self._chosen(self._chats[slot], logprobs)
+    for slot, sample in self.engine.step().items():
+      answer = self._take(slot, self._chats[slot], sample)
+      if answer is not None:
+        ready[slot] = answer
+    return ready
+
+  # Asking.
+
+  def _template(self, dialogue: Dialogue) -> Templates:
+    return self._templates[dialogue.scenario.language]
+
+  def _render(self, chat: _Chat, section: str, **fields: str) -> str:
+    emotion = chat.dialogue.emotion
+    return self._template(chat.dialogue).render(
+      section, emotion=str(emotion), state=emotion_lib.state(emotion), **fields
+    )
+
+  def _opening(self, chat: _Chat) -> list[int]:
+    question = self._render(chat, "opening")
+    return [*chat.kept, *self._wrap.user(question), *self._wrap.assistant_start]
+
+  def _catch_up(self, chat: _Chat) -> None:
+    """Makes a given opening part of the chat, as if the simulator had written it."""
+    if not chat.dialogue.turns and not chat.scratch and chat.dialogue.scenario.first_message:
+      opening = self._tokenizer.encode(chat.dialogue.opening.text)
+      chat.kept = [*self._opening(chat), *opening, *self._wrap.assistant_end]
+
+  def _helper(self, chat: _Chat, section: str) -> list[int]:
+    """The chat with the helper's last reply and a question about it."""
+    quoted = self._quoted(chat)
+    question = self._tokenizer.encode("\n\n" + self._render(chat, section))
+    return [*quoted, *question, *self._wrap.user_end, *self._wrap.assistant_start]
+
+  def _quoted(self, chat: _Chat) -> list[int]:
+    """The chat up to the helper's last reply, its message still open."""
+    reply = chat.dialogue.last_reply.text
+    text = self._template(chat.dialogue).render("helper", reply=reply)
+    return [*chat.kept, *self._wrap.user_start, *self._tokenizer.encode(text)]
+
+  def _generate(self, slot: int, ids: list[int], call: int, budget: int) -> None:
+    if not self.engine.fits(ids, budget):
+      self._answers[slot] = NoRoom()
+      return
+    dialogue = self._chats[slot].dialogue
+    numbers = (self._step, dialogue.index, dialogue.turn, call)
+    self.engine.submit(slot, Request(tuple(ids), numbers, budget))
+
+  def _score(self, slot: int, ids: list[int]) -> None:
+    if self.engine.fits(ids, 0):
+      self._to_score[slot] = ids
+    else:
+      self._answers[slot] = NoRoom()
+
+  # Taking answers.
+
+  def _take(self, slot: int, chat: _Chat, sample: Sample) -> Answer | None:
+    """The answer that a sample is, or None when the change is still to be chosen."""
+    own = [i for i in sample.ids if i not in self._tokenizer.special_ids]
+    text = self._tokenizer.decode(own).strip()
+    chat.tokens += len(sample.ids)
+    match chat.dialogue.stage:
+      case Stage.OPENING:
+        chat.kept = [*self._opening(chat), *own, *self._wrap.assistant_end]
+        return UserMessage(text or SILENCE, tokens=len(sample.ids))
+      case Stage.MESSAGE:
+        spoken = [*self._wrap.user_end, *self._wrap.assistant_start, *own]
+        chat.kept = [*self._quoted(chat), *spoken, *self._wrap.assistant_end]
+        goodbye = self._template(chat.dialogue).is_goodbye(text)
+        return UserMessage(text or SILENCE, goodbye, len(sample.ids))
+    chat.appraisal = text
+    chat.scratch += [*own, *self._wrap.assistant_end]
+    fields, change = self._template(chat.dialogue).parse_plan(text)
+    if self.settings.score == "generate" and change is not None:
+      return Plan(change, tokens=chat.tokens, **_plan_fields(fields))
+    question = self._wrap.user(self._render(chat, "choice"))
+    chat.scratch += [*question, *self._wrap.assistant_start]
+    self._score(slot, chat.scratch)
+    return None
+
+  def _chosen(self, chat: _Chat, logprobs: np.ndarray) -> Plan:
+    change = CHANGES[int(np.argmax(logprobs))]
+    chat.scratch += [*self._tokenizer.encode(str(change)), *self._wrap.assistant_end]
+    fields, _ = self._template(chat.dialogue).parse_plan(chat.appraisal)
+    parsed = self.settings.score == "choice"
+    return Plan(change, parsed=parsed, tokens=chat.tokens, **_plan_fields(fields))
+
+
+def _plan_fields(fields: dict[str, str]) -> dict[str, str]:
+  return {name: fields.get(name, "") for name in ("content", "completion", "activity", "feeling")}
