@@ -1,0 +1,1 @@
+"""From dialogues to a policy update: token rows, advantages, losses, the update."""
