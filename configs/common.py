@@ -1,0 +1,181 @@
+"""What all recipes share: the presets' models, sizes and run lengths, field by field."""
+
+from ml_collections import ConfigDict
+
+# Local paths or hub ids; `tiny` is the model embedded in the package.
+MODELS = {
+  "tiny": "tiny",
+  "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+  "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
+  "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
+}
+
+
+def base(preset: str) -> ConfigDict:
+  """Every field that does not belong to one algorithm, with the preset's values."""
+  if preset not in MODELS:
+    raise ValueError(f"preset is '{preset}', expected one of: {', '.join(MODELS)}.")
+  config = ConfigDict(_published(MODELS[preset]))
+  if preset == "tiny":
+    _tiny(config)
+  elif preset != "qwen2.5-7b":
+    _small(config)
+  return config
+
+
+def _published(path: str) -> dict:
+  """The published recipe; see README.md for what the other presets change."""
+  return {
+    # Determines every random number of a run, with step, dialogue and turn.
+    "seed": 0,
+    # Rollout-and-update steps of the run.
+    "steps": 1000,
+    "policy": {
+      # Local Hugging Face directory, hub id, or `tiny`.
+      "path": path,
+      # Of activations and products: bfloat16 or float32 (on CPU float32 is far faster).
+      "dtype": "bfloat16",
+      # Of the trained parameters.
+      "param_dtype": "float32",
+      # What the backward pass recomputes: none, dots (all but products), full.
+      "remat": "full",
+    },
+    "reference": {
+      # The frozen model of the KL term; empty: the policy's own initial weights.
+      "path": "",
+    },
+    "simulator": {
+      # language_model (a frozen model here) or scripted (a fixed appraisal, for debugging).
+      "kind": "language_model",
+      "path": path,
+      "dtype": "bfloat16",
+      # How the change of emotion is read: `generate` (the last field of the appraisal) or
+      # `choice` (the most probable of the integers -10..10).
+      "score": "generate",
+      # Write an appraisal before the change is read; `generate` needs it.
+      "appraise": True,
+      # Sampling of appraisals and messages; temperature 0 is greedy.
+      "temperature": 0.7,
+      "top_k": 0,
+      "top_p": 0.9,
+      # Most new tokens of one appraisal and of one message.
+      "max_plan_tokens": 512,
+      "max_message_tokens": 256,
+      # Tokens that one simulated user's chat may hold, persona included.
+      "cache_length": 16384,
+      # Folder with en.txt and zh.txt to use instead of the package's templates.
+      "templates": "",
+    },
+    "dialogue": {
+      # direct, or think (<think>...</think> before the reply).
+      "mode": "think",
+      # Scenarios a step, and dialogues for each of them.
+      "scenarios_per_step": 32,
+      "group_size": 4,
+      # Replies of the policy in one dialogue.
+      "max_turns": 8,
+      "initial_emotion": 30,
+      # A dialogue ends when the emotion is <= failure_at or >= success_at.
+      "failure_at": 0,
+      "success_at": 100,
+      # Taken from the reward for the share of replies without a well-formed thought (think).
+      "malformed_penalty": 0.0,
+    },
+    "data": {
+      # Scenario file in the published format (JSON lines), or `en` or `zh` for the package's.
+      "path": "zh",
+      # Where prepared data sets are kept.
+      "cache_dir": "~/.cache/rlver_jax/scenarios",
+    },
+    "sampling": {
+      # The policy's sampling.
+      "temperature": 1.0,
+      "top_k": 0,
+      "top_p": 1.0,
+      # Most new tokens of one reply; and of the first prompt, and of all that follows it.
+      "max_new_tokens": 1024,
+      "max_prompt_tokens": 5000,
+      "max_response_tokens": 10000,
+      # Dialogues under way at once; 0 means all of a step.
+      "slots": 0,
+      # Tokens drawn before the host looks again.
+      "decode_steps": 128,
+      # Numbers of tokens that are read at a time: the list of compiled shapes.
+      "extend_buckets": (128, 1024),
+      # The smallest attention window; larger ones follow by steps of a half and a third (each
+      # second one doubles) up to the cache length.
+      "smallest_window": 1024,
+    },
+    "optimizer": {
+      "learning_rate": 1e-6,
+      # Share of all updates in which the rate rises linearly from 0.
+      "warmup_fraction": 0.02,
+      # After that: constant or cosine (to zero).
+      "schedule": "constant",
+      "b1": 0.9,
+      "b2": 0.999,
+      "eps": 1e-8,
+      "weight_decay": 0.01,
+      # Of AdamW's first moment: float32 or bfloat16.
+      "moment_dtype": "float32",
+      # Gradients are scaled down to this global norm.
+      "max_grad_norm": 1.0,
+    },
+    "training": {
+      # Rows of a microbatch; must divide scenarios_per_step * group_size.
+      "microbatch": 8,
+      # Positions of a row whose logits are alive at a time.
+      "logprob_chunk": 128,
+      # The smallest padded row length; larger ones double up to the longest row.
+      "smallest_row": 1024,
+      # Consecutive updates with a loss or gradient that is not finite that end the run.
+      "max_nonfinite": 3,
+    },
+    # The device mesh; one size may be -1 for the devices that are left.
+    "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+    "checkpoint": {
+      # Steps between checkpoints; the last step and an interrupted run are always saved.
+      "every": 5,
+      # Newest checkpoints that are kept, beside the best by reward.
+      "keep": 2,
+    },
+    "log": {
+      "tensorboard": True,
+      # Steps between files of dialogues; 0 for none.
+      "dialogues_every": 1,
+    },
+    # Compiled programs are kept here between runs; empty: not kept.
+    "compilation_cache": "~/.cache/rlver_jax/xla",
+  }
+
+
+def _small(config: ConfigDict) -> None:
+  """0.5B and 1.5B: a step that one accelerator, or a patient CPU, can hold."""
+  config.steps = 200
+  config.dialogue.mode = "direct"
+  config.dialogue.scenarios_per_step = 8
+  config.sampling.update(
+    max_new_tokens=256, max_prompt_tokens=1024, max_response_tokens=3072,
+    extend_buckets=(64, 512), smallest_window=512,
+  )  # fmt: skip
+  config.simulator.update(max_plan_tokens=256, max_message_tokens=128, cache_length=8192)
+  config.training.update(microbatch=4, smallest_row=512)
+
+
+def _tiny(config: ConfigDict) -> None:
+  """Embedded models on two CPU cores: the whole loop in a couple of minutes."""
+  config.steps = 10
+  config.policy.dtype = config.simulator.dtype = "float32"
+  config.policy.remat = "none"
+  config.simulator.update(
+    score="choice", max_plan_tokens=48, max_message_tokens=32, cache_length=3072
+  )
+  config.dialogue.update(mode="direct", scenarios_per_step=4, max_turns=3)
+  config.data.path = "en"
+  config.sampling.update(
+    max_new_tokens=48, max_prompt_tokens=512, max_response_tokens=512,
+    extend_buckets=(64, 256), smallest_window=1024, decode_steps=48,
+  )  # fmt: skip
+  config.optimizer.learning_rate = 1e-3
+  config.training.update(microbatch=16, smallest_row=512)
+  config.checkpoint.every = 1

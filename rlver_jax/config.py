@@ -1,0 +1,154 @@
+"""Checks a configuration before anything is loaded, and tells two of them apart."""
+
+import hashlib
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from rlver_jax.errors import UserError
+from rlver_jax.models.qwen2 import REMAT_POLICIES
+from rlver_jax.rl.losses import AGGREGATIONS
+
+CHOICES = {
+  "policy.dtype": ("float32", "bfloat16"),
+  "policy.param_dtype": ("float32", "bfloat16"),
+  "policy.remat": tuple(REMAT_POLICIES),
+  "simulator.kind": ("language_model", "scripted"),
+  "simulator.dtype": ("float32", "bfloat16"),
+  "simulator.score": ("generate", "choice"),
+  "dialogue.mode": ("direct", "think"),
+  "optimizer.schedule": ("constant", "cosine"),
+  "optimizer.moment_dtype": ("float32", "bfloat16"),
+  "algorithm.name": ("grpo",),
+  "algorithm.aggregation": AGGREGATIONS,
+}
+
+# The lowest allowed value of a field.
+AT_LEAST = {
+  "steps": 1,
+  "seed": 0,
+  "simulator.temperature": 0,
+  "simulator.top_k": 0,
+  "simulator.max_plan_tokens": 1,
+  "simulator.max_message_tokens": 1,
+  "simulator.cache_length": 1,
+  "dialogue.scenarios_per_step": 1,
+  "dialogue.group_size": 2,
+  "dialogue.max_turns": 1,
+  "dialogue.malformed_penalty": 0,
+  "sampling.temperature": 0,
+  "sampling.top_k": 0,
+  "sampling.max_new_tokens": 1,
+  "sampling.max_prompt_tokens": 1,
+  "sampling.max_response_tokens": 1,
+  "sampling.slots": 0,
+  "sampling.decode_steps": 1,
+  "sampling.smallest_window": 1,
+  "algorithm.clip_low": 0,
+  "algorithm.clip_high": 0,
+  "algorithm.entropy_coef": 0,
+  "algorithm.kl_coef": 0,
+  "algorithm.epochs": 1,
+  "optimizer.learning_rate": 0,
+  "optimizer.weight_decay": 0,
+  "optimizer.max_grad_norm": 0,
+  "training.microbatch": 1,
+  "training.logprob_chunk": 1,
+  "training.smallest_row": 1,
+  "training.max_nonfinite": 1,
+  "checkpoint.every": 1,
+  "checkpoint.keep": 1,
+  "log.dialogues_every": 0,
+}
+
+# Fields that a run in the same workdir may change: they say how long it goes on and what it
+# keeps, not what it computes.
+FREE = ("steps", "checkpoint", "log", "compilation_cache", "data.cache_dir")
+
+
+def get(config: ConfigDict, field: str) -> Any:
+  """The value of a dotted field."""
+  value = config
+  for name in field.split("."):
+    value = value[name]
+  return value
+
+
+def validate(config: ConfigDict) -> None:
+  """Raises UserError for the first value that cannot work, whatever the files and devices."""
+  for field, allowed in CHOICES.items():
+    if (value := get(config, field)) not in allowed:
+      raise UserError(f"{field} is '{value}', expected one of: {', '.join(allowed)}.")
+  for field, least in AT_LEAST.items():
+    if not get(config, field) >= least:
+      raise UserError(f"{field} is {get(config, field)}, expected at least {least}.")
+  for field in ("sampling.top_p", "simulator.top_p"):
+    if not 0 < get(config, field) <= 1:
+      raise UserError(f"{field} is {get(config, field)}, expected a number in (0, 1].")
+  d, s, u = config.dialogue, config.sampling, config.training
+  rows = d.scenarios_per_step * d.group_size
+  if rows % u.microbatch:
+    raise UserError(
+      f"training.microbatch is {u.microbatch}, expected a divisor of the {rows} dialogues of a "
+      f"step (dialogue.scenarios_per_step * dialogue.group_size)."
+    )
+  if s.slots > rows:
+    raise UserError(
+      f"sampling.slots is {s.slots}, expected at most the {rows} dialogues of a step."
+    )
+  if list(s.extend_buckets) != sorted(set(s.extend_buckets)) or not s.extend_buckets:
+    raise UserError(
+      f"sampling.extend_buckets is {tuple(s.extend_buckets)}, expected ascending numbers."
+    )
+  if min(s.extend_buckets) < 1:
+    raise UserError(
+      f"sampling.extend_buckets is {tuple(s.extend_buckets)}, expected positive numbers."
+    )
+  if not d.failure_at < d.initial_emotion < d.success_at:
+    raise UserError(
+      f"dialogue.initial_emotion is {d.initial_emotion}, expected a number between "
+      f"dialogue.failure_at ({d.failure_at}) and dialogue.success_at ({d.success_at})."
+    )
+  if config.simulator.score == "generate" and not config.simulator.appraise:
+    raise UserError(
+      "simulator.appraise is False, expected True with simulator.score 'generate', which reads "
+      "the change from the appraisal."
+    )
+  if not 0 <= config.optimizer.warmup_fraction < 1:
+    raise UserError(
+      f"optimizer.warmup_fraction is {config.optimizer.warmup_fraction}, expected a number in "
+      f"[0, 1)."
+    )
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+  """Dotted field names with their values, tuples as lists (as JSON keeps them)."""
+  flat: dict[str, Any] = {}
+
+  def visit(prefix: str, value: Any) -> None:
+    if isinstance(value, dict):
+      for name, child in value.items():
+        visit(f"{prefix}.{name}" if prefix else name, child)
+    else:
+      flat[prefix] = list(value) if isinstance(value, tuple) else value
+
+  visit("", config.to_dict())
+  return flat
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+  """The first field in which two flattened configurations differ and a run may not, or None."""
+  for field in sorted(old.keys() | new.keys()):
+    if any(field == free or field.startswith(f"{free}.") for free in FREE):
+      continue
+    if old.get(field) != new.get(field):
+      return field
+  return None
+
+
+def digest(config: ConfigDict) -> str:
+  """A short fingerprint of the fields that a run may not change."""
+  flat = flatten(config)
+  kept = {k: v for k, v in flat.items() if difference({k: v}, {}) is not None}
+  return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
