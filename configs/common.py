@@ -156,7 +156,7 @@ def _small(config: ConfigDict) -> None:
   config.dialogue.scenarios_per_step = 8
   config.sampling.update(
     max_new_tokens=256, max_prompt_tokens=1024, max_response_tokens=3072,
-    extend_buckets=(64, 512), smallest_window=512,
+    extend_buckets=(64, 512), smallest_window=1024,
   )  # fmt: skip
   config.simulator.update(max_plan_tokens=256, max_message_tokens=128, cache_length=8192)
   config.training.update(microbatch=4, smallest_row=512)

@@ -17,7 +17,7 @@ import transformers
 from rlver_jax.errors import UserError
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent
-TINY_TOKENIZER = PACKAGE / "assets" / "tiny_tokenizer"
+TINY_TOKENIZER = PACKAGE / "assets" / "tiny"
 VOCAB_SIZE = 2048
 END_OF_TEXT, MESSAGE_START, MESSAGE_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, MESSAGE_START, MESSAGE_END)

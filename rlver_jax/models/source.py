@@ -19,11 +19,12 @@ EMBEDDED = "tiny"  # the path that names the embedded model
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-  """directory: None for the embedded model, whose weights are drawn from a seed."""
+  """drawn: the directory holds no weights, they are drawn from a seed (the embedded model)."""
 
-  directory: pathlib.Path | None
+  directory: pathlib.Path
   config: Qwen2Config
   tokenizer: tokenizer_lib.Tokenizer
+  drawn: bool
 
 
 def open_source(
@@ -33,45 +34,20 @@ def open_source(
 
   Raises UserError for a path that leads nowhere and for files that are missing or broken.
   """
-  if path == EMBEDDED:
-    tokenizer = tokenizer_lib.load(_embedded_tokenizer())
-    return ModelSource(None, _embedded_config(tokenizer, dtype, param_dtype, remat), tokenizer)
-  directory = hub.resolve(path, field)
+  embedded = path == EMBEDDED
+  directory = _embedded_directory() if embedded else hub.resolve(path, field)
   config = hub.read_config(directory, dtype=dtype, param_dtype=param_dtype, remat=remat)
-  weights.check(directory, config)
-  return ModelSource(directory, config, tokenizer_lib.load(directory))
+  if not embedded:
+    weights.check(directory, config)
+  return ModelSource(directory, config, tokenizer_lib.load(directory), drawn=embedded)
 
 
 def load_model(source: ModelSource, mesh: Mesh, seed: int) -> Qwen2:
   """The model's weights on the mesh; `seed` draws those of the embedded model."""
-  if source.directory is None:
+  if source.drawn:
     return weights.initialise(source.config, seed, mesh)
   return weights.load(source.directory, source.config, mesh)
 
 
-def tokenizer_directory(source: ModelSource) -> pathlib.Path:
-  """The directory whose tokenizer files belong to the model."""
-  return source.directory or _embedded_tokenizer()
-
-
-def _embedded_tokenizer() -> pathlib.Path:
-  return pathlib.Path(str(importlib.resources.files("rlver_jax") / "assets" / "tiny_tokenizer"))
-
-
-def _embedded_config(tokenizer, dtype: str, param_dtype: str, remat: str) -> Qwen2Config:
-  return Qwen2Config(
-    vocab_size=tokenizer.vocab_size,
-    hidden_size=128,
-    intermediate_size=384,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    rope_theta=10_000.0,
-    tie_word_embeddings=True,
-    max_position_embeddings=8192,
-    initializer_range=0.05,
-    dtype=dtype,
-    param_dtype=param_dtype,
-    remat=remat,
-  )
+def _embedded_directory() -> pathlib.Path:
+  return pathlib.Path(str(importlib.resources.files("rlver_jax") / "assets" / "tiny"))

@@ -119,13 +119,12 @@ def _update(state: TrainState, batch: Batch, *, optimizer, settings) -> tuple[Tr
   norm = optax.global_norm(gradients)
   finite = jnp.isfinite(value) & jnp.isfinite(norm)
 
-  def apply(state, gradients):
-    scale = jnp.minimum(1.0, settings.max_grad_norm / (norm + 1e-6))
-    gradients = jax.tree.map(lambda g: g * scale, gradients)
-    changes, opt_state = optimizer.update(gradients, state.opt_state, state.model)
-    return TrainState(optax.apply_updates(state.model, changes), opt_state, state.updates + 1)
-
-  state = jax.lax.cond(finite, apply, lambda state, _: state, state, gradients)
+  scale = jnp.minimum(1.0, settings.max_grad_norm / (norm + 1e-6))
+  gradients = jax.tree.map(lambda g: g * scale, gradients)
+  changes, opt_state = optimizer.update(gradients, state.opt_state, state.model)
+  changed = TrainState(optax.apply_updates(state.model, changes), opt_state, state.updates + 1)
+  # A choice per element, not a `lax.cond`: it fuses with the update and so happens in place.
+  state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, state)
   tokens = jnp.maximum(1.0, jnp.sum(batch.rows.mask))
   metrics = {name: total / tokens for name, total in sums.items()}
   metrics |= {

@@ -1,0 +1,43 @@
+"""What the command-line programs share: a user's mistake is one line and exit code 2."""
+
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+from rlver_jax.errors import UserError
+
+
+def run(
+  main: Callable[[list[str]], int | None],
+  parse_flags: Callable[[list[str]], list[str]] | None = None,
+) -> None:
+  """Parses the flags, runs `main` with what is left of them and exits with what it returns.
+
+  A UserError from either ends the program with its message on stderr and exit code 2.
+  """
+
+  def checked_main(argv: list[str]) -> int | None:
+    if len(argv) > 1:
+      raise UserError(f"the command line has '{argv[1]}', expected flags only.")
+    return main(argv)
+
+  def checked_flags(argv: list[str]) -> list[str]:
+    try:
+      return (parse_flags or flags.FLAGS)(argv)
+    except flags.Error as error:
+      raise UserError(f"{last_line(str(error))}") from error
+
+  logging.set_verbosity(logging.WARNING)
+  try:
+    app.run(checked_main, flags_parser=checked_flags)
+  except UserError as error:
+    print(f"rlver_jax: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def last_line(message: str) -> str:
+  """The last line of a library's message, which says what is wrong, without an error's name."""
+  line = [line.strip() for line in message.splitlines() if line.strip()][-1]
+  name, _, rest = line.partition(": ")
+  return rest if name.endswith("Error") and rest else line

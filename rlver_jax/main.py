@@ -1,0 +1,114 @@
+"""The command line: `python -m rlver_jax.main --config=configs/grpo.py[:preset] --workdir=DIR`.
+
+Any field of the config can be overridden: `--config.policy.path=DIR`. Exit codes: 0 done, 1 the
+run diverged, 2 a mistake in the command, the configuration or the files, 128 + n stopped by
+signal n (after saving a checkpoint).
+"""
+
+import os
+import pathlib
+import re
+import sys
+
+# TensorFlow, which clu's TensorBoard writer imports, greets on stderr otherwise.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from rlver_jax import cli
+from rlver_jax.errors import UserError
+
+CONFIG = config_flags.DEFINE_config_file(
+  "config",
+  None,
+  "Config file with an optional preset, as in configs/grpo.py:tiny.",
+  lock_config=True,
+)
+WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run; by default runs/ and the names of config and preset."
+)
+DISTRIBUTED = flags.DEFINE_bool(
+  "distributed",
+  None,
+  "Start jax.distributed, which finds the other processes in the environment (Cloud TPU, Slurm, "
+  "JAX_COORDINATOR_ADDRESS ...). By default: where a Cloud TPU slice has several hosts.",
+)
+
+
+def main(argv: list[str]) -> int:
+  del argv
+  config = CONFIG.value
+  if config is None:
+    raise UserError("--config is missing, expected a file such as configs/grpo.py.")
+  if not isinstance(config, ConfigDict):  # what config_flags puts in place of a missing file
+    name = flags.FLAGS["config"].config_filename
+    raise UserError(f"--config is {name}, which cannot be read, expected a configuration file.")
+  # Imported late, so that a wrong flag is answered at once.
+  from rlver_jax import config as config_lib
+
+  config_lib.validate(config)
+  _prepare_jax(config)
+  import jax
+
+  from rlver_jax import build, metrics, train, workdir
+  from rlver_jax.interrupt import Interrupted, Interrupts
+
+  sources = build.open_sources(config)
+  folder = workdir.claim(WORKDIR.value or default_workdir(), config)
+  if jax.process_index() == 0:
+    print(
+      f"{jax.device_count()} {jax.devices()[0].platform} device(s), workdir {folder}", flush=True
+    )
+  interrupts = Interrupts()
+  try:
+    summary = train.train(config, sources, folder, interrupts)
+  except Interrupted as stop:
+    print(f"{stop}; the same command goes on from the checkpoint.", flush=True)
+    return 128 + stop.signum
+  except train.Diverged as error:
+    print(f"rlver_jax: {error}", file=sys.stderr)
+    return 1
+  print(metrics.format_summary(summary))
+  return 0
+
+
+def default_workdir() -> pathlib.Path:
+  """runs/NAME-PRESET for --config=configs/NAME.py:PRESET."""
+  file, _, preset = flags.FLAGS["config"].config_filename.partition(":")
+  return pathlib.Path("runs") / f"{pathlib.Path(file).stem}-{preset or 'tiny'}"
+
+
+def _prepare_jax(config) -> None:
+  """Settings that must come before the first array."""
+  import jax
+
+  if config.compilation_cache:
+    folder = os.path.expanduser(config.compilation_cache)
+    jax.config.update("jax_compilation_cache_dir", folder)
+  if config.policy.dtype == "float32":
+    # Accelerators would otherwise round float32 products to fewer bits.
+    jax.config.update("jax_default_matmul_precision", "highest")
+  hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+  if DISTRIBUTED.value or (DISTRIBUTED.value is None and len(hosts) > 1):
+    jax.distributed.initialize()
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  """Parses the flags; a mistake in the config's fields becomes a UserError of one sentence."""
+  try:
+    return flags.FLAGS(argv)
+  except (KeyError, AttributeError) as error:
+    found = re.search(r"(\w+)\W+Did you mean \"(\w+)\"", str(error).replace("\\n", " "))
+    if found is None:
+      raise UserError(f"--config overrides an unknown field: {error}.") from error
+    raise UserError(
+      f"--config overrides the field '{found[1]}', which does not exist, expected '{found[2]}'."
+    ) from error
+  except (OSError, TypeError, ValueError) as error:
+    raise UserError(cli.last_line(str(error))) from error
+
+
+if __name__ == "__main__":
+  cli.run(main, _parse_flags)

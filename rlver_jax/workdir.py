@@ -1,0 +1,65 @@
+"""The folder of one run: whose it is, and where things lie in it.
+
+config.json       the configuration that the run belongs to
+checkpoints/      orbax checkpoints, by step
+metrics.jsonl     one line a step; tensorboard/ has the same
+dialogues/        the dialogues of each step, JSON lines
+summary.json      written when the run ends
+"""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from rlver_jax import config as config_lib
+from rlver_jax.errors import UserError
+
+
+def claim(workdir: str, config: ConfigDict) -> pathlib.Path:
+  """Makes the folder, or checks that it holds a run of the same configuration.
+
+  Raises UserError when it cannot be written, holds something else, or belongs to a run whose
+  configuration differs in a field that a run may not change.
+  """
+  path = pathlib.Path(workdir).expanduser()
+  file = path / "config.json"
+  flat = config_lib.flatten(config)
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    if file.exists():
+      _check(path, json.loads(file.read_text(encoding="utf-8")), flat)
+    elif any(path.iterdir()):
+      raise UserError(
+        f"workdir {path} holds files but no config.json, expected an empty folder or a run."
+      )
+    write_json(file, flat)
+  except OSError as error:
+    raise UserError(
+      f"workdir {path} cannot be used ({error.strerror}), expected a folder that can be written."
+    ) from error
+  except ValueError as error:
+    raise UserError(
+      f"{file} is not JSON ({error}), expected the configuration of a run."
+    ) from error
+  return path
+
+
+def _check(path: pathlib.Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+  if field := config_lib.difference(old, new):
+    raise UserError(
+      f"workdir {path} belongs to a run with {field} = {old.get(field)!r}, found "
+      f"{new.get(field)!r}, expected the same configuration or another --workdir."
+    )
+
+
+def write_json(file: pathlib.Path, value: Any) -> None:
+  """Writes a JSON file, all or nothing."""
+  temporary = file.with_name(f".{file.name}.tmp")
+  with open(temporary, "w", encoding="utf-8") as out:
+    json.dump(value, out, indent=1, ensure_ascii=False, sort_keys=True)
+    out.flush()
+    os.fsync(out.fileno())
+  os.replace(temporary, file)
