@@ -19,6 +19,9 @@ MESH_AXES = ("data", "fsdp", "tensor")
 RULES = {
   "batch": ("data", "fsdp"),  # rows of a batch, slots of a cache
   "vocab": ("tensor",),
+  # The vocabulary projection of log-probabilities: the whole mesh, and a step on the way there.
+  "vocab_spread": ("tensor", "fsdp", "data"),
+  "vocab_fsdp": ("tensor", "fsdp"),
   "embed": ("fsdp",),
   "heads": ("tensor",),
   "kv_heads": ("tensor",),
@@ -27,6 +30,7 @@ RULES = {
   "head": (),
   "layers": (),
   "length": (),
+  "whole": (),
 }
 
 
@@ -59,9 +63,33 @@ def sharding(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str, ...]) -> Named
   spec = []
   for size, axis in zip(shape, axes, strict=True):
     names = tuple(n for n in RULES[axis] if mesh.shape[n] > 1)
-    pieces = int(np.prod([mesh.shape[n] for n in names]))
-    spec.append(names if names and size % pieces == 0 else None)
+    spec.append(names if names and divides(mesh, size, axis) else None)
   return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def divides(mesh: Mesh, size: int, axis: str) -> bool:
+  """Whether the mesh cuts a dimension of this size and logical name into equal pieces."""
+  return size % int(np.prod([mesh.shape[n] for n in RULES[axis]])) == 0
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+  """Inside a jitted function: `x` laid out by the logical names of its dimensions.
+
+  The mesh is the one set while the function is traced (`jax.set_mesh`); without one, or on one
+  device, `x` is returned as it is.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.size <= 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, sharding(mesh, x.shape, axes))
+
+
+def constrain_model(tree: Any) -> Any:
+  """As `constrain`, for a model or a tree of its gradients: laid out as its parameters are."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.size <= 1:
+    return tree
+  return jax.tree.map(jax.lax.with_sharding_constraint, tree, model_shardings(mesh, tree))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

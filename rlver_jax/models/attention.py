@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rlver_jax.models.qwen2 import Attention
+from rlver_jax.partitioning import constrain
 
 CONTEXT = 0  # branch number of a context token
 PADDING = -1  # branch number of a padding token: it is seen by padding alone
@@ -43,15 +44,24 @@ def tree_attention(branch_BT: jax.Array, query_block: int = 512) -> Attention:
 
   def attention(q_BTHK, k_BTGK, v_BTGK, layer, state):
     del layer
-    if T <= query_block or T % query_block:
+    # Where rows and heads stay apart, XLA gathers a layer's parameters for its rows. Left to
+    # itself it keeps the parameters apart and holds the activations of all rows on every device.
+    q_BTHK = constrain(q_BTHK, "batch", "length", "heads", "head")
+    k_BTGK = constrain(k_BTGK, "batch", "length", "kv_heads", "head")
+    v_BTGK = constrain(v_BTGK, "batch", "length", "kv_heads", "head")
+    if T <= query_block:
       return block(q_BTHK, k_BTGK, v_BTGK, branch_BT, order_T), state
-    n = T // query_block
+    n = -(-T // query_block)
 
-    def split(x):  # [B, T, ...] -> [n, B, query_block, ...]
+    def split(x):  # [B, T, ...] -> [n, B, query_block, ...], the last block padded with zeros
+      x = jnp.pad(x, ((0, 0), (0, n * query_block - T), *((0, 0),) * (x.ndim - 2)))
       return jnp.moveaxis(x.reshape(x.shape[0], n, query_block, *x.shape[2:]), 1, 0)
 
-    blocks = (split(q_BTHK), split(branch_BT), order_T.reshape(n, query_block))
+    blocks = (split(q_BTHK), split(branch_BT), jnp.arange(n * query_block).reshape(n, query_block))
     one = jax.checkpoint(lambda b: block(b[0], k_BTGK, v_BTGK, b[1], b[2]))
-    return jnp.moveaxis(jax.lax.map(one, blocks), 0, 1).reshape(q_BTHK.shape), state
+    out_BTHK = jnp.moveaxis(jax.lax.map(one, blocks), 0, 1).reshape(
+      len(q_BTHK), -1, *q_BTHK.shape[2:]
+    )
+    return out_BTHK[:, :T], state
 
   return attention

@@ -3,12 +3,19 @@
 Only the positions in the mask are projected: they are moved to the front of each row, and a
 loop with as many steps as the fullest row needs takes one chunk of them at a time. The
 backward pass repeats the loop (the logits of a chunk are computed again rather than kept).
+
+On a mesh the vocabulary is spread over all devices for the duration of the loop, each of which
+sees the hidden states of a chunk of every row: they and their gradients are far smaller than
+the projection, its gradient or the logits, none of which then travels inside the loop.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+
+from rlver_jax import partitioning
+from rlver_jax.partitioning import constrain
 
 
 def token_logprobs(
@@ -35,6 +42,12 @@ def token_logprobs(
   """
   T = targets_BT.shape[1]
   pad = -T % chunk
+  if _spread(unembedding_VD):
+    # By way of the fsdp axis, from where the parameter's own layout is one exchange away.
+    unembedding_VD = constrain(unembedding_VD, "vocab_fsdp", "whole")
+    unembedding_VD = constrain(unembedding_VD, "vocab_spread", "whole")
+  else:
+    unembedding_VD = constrain(unembedding_VD, "vocab", "whole")
   order_BT = jnp.argsort(~mask_BT, axis=1, stable=True)
   count = jnp.max(jnp.sum(mask_BT, 1))
   hidden = jnp.take_along_axis(hidden_BTD, order_BT[..., None], 1)
@@ -45,6 +58,18 @@ def token_logprobs(
   back_BT = jnp.argsort(order_BT, axis=1)
   logprobs, entropies = (jnp.take_along_axis(x[:, :T], back_BT, 1) for x in packed)
   return jnp.where(mask_BT, logprobs, 0.0), jnp.where(mask_BT, entropies, 0.0)
+
+
+def _spread(w_VD):
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh.empty or partitioning.divides(mesh, w_VD.shape[0], "vocab_spread")
+
+
+def _chunk(hidden_BTD, i, chunk, w_VD):
+  """A chunk of hidden states: of all rows for a device that holds its own part of the vocabulary,
+  and else of the device's own rows."""
+  h_BCD = constrain(_slice(hidden_BTD, i, chunk), "batch", "length", "whole")
+  return constrain(h_BCD, "whole", "length", "whole") if _spread(w_VD) else h_BCD
 
 
 def _slice(x, i, chunk):
@@ -76,7 +101,7 @@ def _packed_forward(temperature, chunk, hidden, unembedding, targets, count):
 
   def body(i, carry):
     logprobs, entropies, normalisers = carry
-    h, y = _slice(hidden, i, chunk), _slice(targets, i, chunk)
+    h, y = _chunk(hidden, i, chunk, unembedding), _slice(targets, i, chunk)
     logits = _logits(h, unembedding, temperature)
     top = jnp.max(logits, -1)
     exp = jnp.exp(logits - top[..., None])
@@ -102,7 +127,7 @@ def _packed_backward(temperature, chunk, residuals, cotangents):
 
   def body(i, carry):
     d_hidden, d_unembedding = carry
-    h, y = _slice(hidden, i, chunk), _slice(targets, i, chunk)
+    h, y = _chunk(hidden, i, chunk, unembedding), _slice(targets, i, chunk)
     g, e = _slice(d_logprobs, i, chunk)[..., None], _slice(d_entropies, i, chunk)[..., None]
     log_p = _logits(h, unembedding, temperature) - _slice(normalisers, i, chunk)[..., None]
     # d logprob(y) / d logit_v = [v == y] - p_v;  d entropy / d logit_v = -p_v (log p_v + entropy).
@@ -114,7 +139,8 @@ def _packed_backward(temperature, chunk, residuals, cotangents):
     d_h += g * unembedding[y].astype(jnp.float32)
     d_unembedding += jnp.einsum("bcv,bcd->vd", d_logits, h, preferred_element_type=jnp.float32)
     d_unembedding = d_unembedding.at[y].add(g * h.astype(jnp.float32))
-    return _put(d_hidden, d_h.astype(hidden.dtype), i, chunk), d_unembedding
+    d_h = constrain(d_h.astype(hidden.dtype), "batch", "length", "whole")
+    return _put(d_hidden, d_h, i, chunk), d_unembedding
 
   start = (jnp.zeros_like(hidden), jnp.zeros(unembedding.shape, jnp.float32))
   d_hidden, d_unembedding = jax.lax.fori_loop(0, steps, body, start)

@@ -14,8 +14,10 @@ def group_relative(rewards_B: np.ndarray, group_size: int, *, scale: bool = True
   Returns:
     float32 [B]; zero throughout a group whose rewards are equal.
   """
-  rewards = np.asarray(rewards_B, np.float32).reshape(-1, group_size)
+  rewards = np.asarray(rewards_B, np.float64).reshape(-1, group_size)
+  # Against the first of the group, so that equal rewards leave no rounding for `scale` to blow up.
+  rewards = rewards - rewards[:, :1]
   advantages = rewards - rewards.mean(1, keepdims=True)
   if scale:
     advantages /= rewards.std(1, keepdims=True) + 1e-6
-  return advantages.reshape(-1)
+  return advantages.reshape(-1).astype(np.float32)

@@ -25,7 +25,8 @@ from rlver_jax.rl.rows import Rows
 @dataclasses.dataclass(frozen=True)
 class UpdateSettings:
   """microbatch: rows at a time. temperature: that of the sampler, which drew from logits /
-  temperature. logprob_chunk: positions of a row whose logits are alive at a time."""
+  temperature. logprob_chunk: tokens, over all rows of a microbatch, whose logits are alive at a
+  time."""
 
   microbatch: int
   temperature: float
@@ -64,7 +65,9 @@ def row_logprobs(
   model: Qwen2, rows: Rows, *, temperature: float, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
   """Log-probability and entropy (nats, float32 [B, T]) of every token in `rows.mask`, zero
-  elsewhere; each stands at its own token, not at the one that predicts it."""
+  elsewhere; each stands at its own token, not at the one that predicts it. The logits of about
+  `chunk` tokens are alive at a time."""
+  B, T = rows.tokens.shape
   hidden_BTD, _ = model(rows.tokens, rows.positions, tree_attention(rows.branch))
 
   def ahead(x):
@@ -78,7 +81,7 @@ def row_logprobs(
     ahead(rows.tokens),
     mask,
     temperature=temperature,
-    chunk=min(chunk, rows.tokens.shape[1]),
+    chunk=max(1, min(chunk // B, T)),
   )
   return tuple(jnp.roll(x, 1, axis=1) for x in outputs)
 
@@ -110,21 +113,24 @@ def _update(state: TrainState, batch: Batch, *, optimizer, settings) -> tuple[Tr
     (value, parts), gradients = jax.value_and_grad(loss, has_aux=True)(
       state.model, microbatch, settings
     )
+    gradients = partitioning.constrain_model(gradients)
     return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, (gradients, value, parts)), None
 
   first = jax.tree.map(lambda x: x[0], batch)
   shapes = jax.eval_shape(lambda: loss(state.model, first, settings))
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (state.model, *shapes))
   (gradients, value, (surrogate, sums)), _ = jax.lax.scan(accumulate, zeros, batch)
-  norm = optax.global_norm(gradients)
+  norm = optax.tree.norm(gradients)
   finite = jnp.isfinite(value) & jnp.isfinite(norm)
 
-  scale = jnp.minimum(1.0, settings.max_grad_norm / (norm + 1e-6))
-  gradients = jax.tree.map(lambda g: g * scale, gradients)
-  changes, opt_state = optimizer.update(gradients, state.opt_state, state.model)
-  changed = TrainState(optax.apply_updates(state.model, changes), opt_state, state.updates + 1)
-  # A choice per element, not a `lax.cond`: it fuses with the update and so happens in place.
-  state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, state)
+  def apply(state, gradients):
+    scale = jnp.minimum(1.0, settings.max_grad_norm / (norm + 1e-6))
+    gradients = jax.tree.map(lambda g: g * scale, gradients)
+    changes, opt_state = optimizer.update(gradients, state.opt_state, state.model)
+    return TrainState(optax.apply_updates(state.model, changes), opt_state, state.updates + 1)
+
+  # A `where` on every array instead would keep XLA from updating the state in place.
+  state = jax.lax.cond(finite, apply, lambda state, _: state, state, gradients)
   tokens = jnp.maximum(1.0, jnp.sum(batch.rows.mask))
   metrics = {name: total / tokens for name, total in sums.items()}
   metrics |= {
@@ -202,8 +208,12 @@ class Updater:
   def _run(self, name, function, owner, batch):
     length = jax.tree.leaves(batch)[0].shape[-1]
     if (name, length) not in self._compiled:
-      self._compiled[name, length] = function.lower(owner, batch).compile()
+      self._compiled[name, length] = self._lower(function, owner, batch).compile()
     return self._compiled[name, length](owner, batch)
+
+  def _lower(self, function, owner, batch):
+    with jax.set_mesh(self._mesh):  # for `partitioning.constrain`
+      return function.lower(owner, batch)
 
   def compile(self, rows: int, lengths: tuple[int, ...], *, reference: Qwen2 | None) -> int:
     """Compiles for batches of `rows` rows of each length; returns the number of programs."""
@@ -215,10 +225,10 @@ class Updater:
 
       ints, floats = array(jnp.int32), array(jnp.float32)
       batch = Batch(Rows(ints, ints, ints, array(jnp.bool), floats), floats, floats, floats)
-      lowered = self._jit_update.lower(self.abstract_state, batch)
+      lowered = self._lower(self._jit_update, self.abstract_state, batch)
       self._compiled["update", length] = lowered.compile()
       if reference is not None:
-        scored = self._jit_score.lower(reference, batch.rows)
+        scored = self._lower(self._jit_score, reference, batch.rows)
         self._compiled["score", length] = scored.compile()
     return len(self._compiled)
 

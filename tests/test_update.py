@@ -1,0 +1,362 @@
+"""The update against a plain JAX version, NumPy's AdamW, and PyTorch."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlver_jax.models import weights
+from rlver_jax.models.qwen2 import Qwen2Config
+from rlver_jax.partitioning import make_mesh
+from rlver_jax.rl.rows import Rows
+from rlver_jax.rl.update import Updater, UpdateSettings, sampling_copy
+
+CONFIG = Qwen2Config(
+  53, 16, 24, 2, 4, 2, 4, rope_theta=100.0, tie_word_embeddings=True, remat="none"
+)
+B, T = 4, 14
+ADVANTAGES = np.float32([1.3, -0.7, 0.4, -1.1])
+# Adam divides by |gradient| + eps. With eps well above the rounding of float32 gradients (1e-7)
+# a step is a smooth function of the gradient; with the usual 1e-8 it would be the rounding's
+# sign wherever the gradient is zero, and no two programs would agree.
+ADAMW = {"learning_rate": 1e-2, "b1": 0.9, "b2": 0.95, "eps": 1e-3, "weight_decay": 0.1}
+PLAIN = UpdateSettings(
+  microbatch=B,
+  temperature=1.0,
+  clip_low=0.2,
+  clip_high=0.2,
+  entropy_coef=0.001,
+  kl_coef=0.0,
+  aggregation="token_mean",
+  aggregation_constant=10.0,
+  max_grad_norm=1e6,
+  logprob_chunk=4,
+)
+ALL_TERMS = dataclasses.replace(
+  PLAIN,
+  microbatch=1,
+  temperature=0.7,
+  clip_high=0.3,
+  entropy_coef=0.05,
+  kl_coef=0.2,
+  aggregation="sequence_mean",
+  max_grad_norm=0.1,
+)
+
+
+def make_model(seed=0, **changes):
+  config = dataclasses.replace(CONFIG, **changes)
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), weights.abstract_model(config)
+  )
+
+
+def copy(tree):
+  return jax.tree.map(lambda x: np.array(x), tree)
+
+
+def make_rows():
+  """Two rows of plain replies, a tree of two thoughts, and one in which nothing was sampled."""
+  rng = np.random.default_rng(1)
+  branch = np.zeros((B, T), np.int32)
+  positions = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+  mask = np.zeros((B, T), bool)
+  mask[0, 3:6], mask[0, 8:11], branch[0, 11:] = True, True, -1
+  mask[1, 5:14] = True
+  branch[2] = [0] * 4 + [1] * 3 + [0] * 3 + [2] * 2 + [-1] * 2
+  positions[2] = [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8, 0, 0]
+  mask[2] = branch[2] > 0
+  branch[3] = -1
+  tokens = rng.integers(0, 53, (B, T)).astype(np.int32)
+  old = np.where(mask, rng.normal(0, 0.3, (B, T)), 0).astype(np.float32)
+  return Rows(tokens, positions, branch, mask, old)
+
+
+def plain_logprobs(model, rows, temperature):
+  """Log-probabilities and entropies [B, T] at every token but the first, from all logits."""
+  T = rows.tokens.shape[1]
+  seen = np.zeros((len(rows.tokens), T, T), bool)
+  for b, i, j in np.argwhere(np.ones(seen.shape, bool)):
+    seen[b, i, j] = j <= i and rows.branch[b, j] in (0, rows.branch[b, i])
+
+  def attention(q, k, v, layer, state):
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("bthk,bshk->bhts", q, k) / q.shape[3] ** 0.5
+    probabilities = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf))
+    return jnp.einsum("bhts,bshk->bthk", probabilities, v), state
+
+  hidden, _ = model(rows.tokens, rows.positions, attention)
+  log_p = jax.nn.log_softmax(hidden @ model.unembedding().T / temperature)[:, :-1]
+  logprobs = jnp.take_along_axis(log_p, rows.tokens[:, 1:, None], -1)[..., 0]
+  entropies = -jnp.sum(jnp.exp(log_p) * log_p, -1)
+  return tuple(jnp.pad(x, ((0, 0), (1, 0))) for x in (logprobs, entropies))
+
+
+@functools.cache
+def sampled_rows(temperature):
+  """The rows with sampler's log-probabilities near those of `make_model()`: some ratios clip."""
+  rows = make_rows()
+  plain = jax.jit(functools.partial(plain_logprobs, rows=rows, temperature=temperature))
+  logprobs, _ = plain(make_model())
+  return rows._replace(logprobs=np.where(rows.mask, logprobs + rows.logprobs, 0))
+
+
+def plain_loss(model, rows, advantages, settings, reference=None):
+  """The loss of a whole batch and its metrics, term by term as the papers write them."""
+  s = settings
+  logprobs, entropies = plain_logprobs(model, rows, s.temperature)
+  ratio = jnp.exp(logprobs - rows.logprobs)
+  a = advantages[:, None]
+  kept = jnp.clip(ratio, 1 - s.clip_low, 1 + s.clip_high)
+  surrogate = -jnp.minimum(ratio * a, kept * a)
+  kl = jnp.zeros_like(ratio)
+  if reference is not None:
+    away = plain_logprobs(reference, rows, s.temperature)[0] - logprobs
+    kl = jnp.exp(away) - away - 1
+
+  def mean(x):  # over the trained tokens of the batch
+    return jnp.sum(jnp.where(rows.mask, x, 0)) / rows.mask.sum()
+
+  def aggregate(x):
+    if s.aggregation == "token_mean":
+      return mean(x)
+    means = [jnp.mean(x[b][rows.mask[b]]) for b in range(len(x)) if rows.mask[b].any()]
+    return sum(means) / len(means)
+
+  loss = aggregate(surrogate - s.entropy_coef * entropies + s.kl_coef * kl)
+  clipped = (kept != ratio) & (ratio * a > kept * a)
+  return loss, {
+    "update/loss": loss,
+    "update/policy_loss": aggregate(surrogate),
+    "update/entropy": mean(entropies),
+    "update/ratio": mean(ratio),
+    "update/clip_fraction": mean(clipped),
+    "update/kl_sampler": mean(rows.logprobs - logprobs),
+    "update/kl_reference": mean(kl),
+  }
+
+
+def plain_gradients(model, rows, settings, reference=None):
+  loss = functools.partial(
+    plain_loss, rows=rows, advantages=ADVANTAGES, settings=settings, reference=reference
+  )
+  (_, metrics), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(model)
+  return jax.tree.leaves(copy(gradients)), metrics
+
+
+def norm_of(gradients):
+  return sum(float((g.astype(np.float64) ** 2).sum()) for g in gradients) ** 0.5
+
+
+def adamw_step(parameters, gradients):
+  """The first step of AdamW (Loshchilov and Hutter, arXiv 1711.05101), by hand in float64."""
+  o, after = ADAMW, []
+  for p, g in zip(parameters, gradients, strict=True):
+    g = g.astype(np.float64)
+    mean, square = (1 - o["b1"]) * g, (1 - o["b2"]) * g**2
+    direction = (mean / (1 - o["b1"])) / (np.sqrt(square / (1 - o["b2"])) + o["eps"])
+    after.append(p - o["learning_rate"] * (direction + o["weight_decay"] * p))
+  return after
+
+
+def close(ours, expected, atol=1e-5):
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(np.asarray(a, np.float64), b, atol=atol)
+
+
+@functools.cache
+def updater_for(settings):
+  return Updater(make_mesh(1, 1, 1), optax.adamw(**ADAMW), settings, make_model())
+
+
+def first_step(settings, rows, reference=None):
+  """State and metrics of the first update of `make_model()`."""
+  updater = updater_for(settings)
+  return updater.update(updater.init(make_model()), updater.batch(rows, ADVANTAGES, reference))
+
+
+def applied_gradients(state):
+  """The clipped gradients of the first update, from AdamW's first moment."""
+  return [np.asarray(m) / (1 - ADAMW["b1"]) for m in jax.tree.leaves(state.opt_state[0].mu)]
+
+
+@pytest.mark.parametrize("settings", [PLAIN, ALL_TERMS], ids=["plain", "all_terms"])
+def test_update_equals_a_plain_version(settings):
+  model = make_model()
+  reference = make_model(5) if settings.kl_coef else None
+  rows = sampled_rows(settings.temperature)
+  gradients, expected = plain_gradients(model, rows, settings, reference)
+  state, metrics = first_step(settings, rows, reference)
+
+  for name, value in expected.items():
+    np.testing.assert_allclose(metrics[name], value, atol=1e-5, err_msg=name)
+  assert 0 < expected["update/clip_fraction"] < 1
+  assert metrics["update/skipped"] == 0
+  assert int(state.updates) == 1
+
+  norm = norm_of(gradients)
+  np.testing.assert_allclose(metrics["update/gradient_norm"], norm, rtol=1e-4)  # before clipping
+  assert (norm > settings.max_grad_norm) == (settings is ALL_TERMS)
+  gradients = [g * min(1.0, settings.max_grad_norm / norm) for g in gradients]
+  close(applied_gradients(state), gradients)
+  before = jax.tree.leaves(copy(model))
+  close(state.model, adamw_step(before, gradients))
+  moved = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(state.model), before, strict=True)]
+  assert max(moved) > 5e-3
+
+
+def test_batch_scores_the_reference_where_one_is_given():
+  reference, rows = make_model(5), make_rows()
+  updater = updater_for(ALL_TERMS)
+  batch = updater.batch(rows, ADVANTAGES, reference)
+  expected, _ = plain_logprobs(reference, rows, ALL_TERMS.temperature)
+  scored = np.asarray(batch.reference_logprobs).reshape(B, T)
+  close(scored, np.where(rows.mask, expected, 0))
+  assert batch.reference_logprobs.shape == (B, 1, T)  # microbatches of one row
+  assert not np.asarray(updater.batch(rows, ADVANTAGES).reference_logprobs).any()
+  np.testing.assert_array_equal(batch.advantages[:, 0, 0], ADVANTAGES)
+
+
+def test_the_number_of_microbatches_changes_nothing():
+  rows = sampled_rows(ALL_TERMS.temperature)
+  results = []
+  for microbatch in (1, B):
+    settings = dataclasses.replace(ALL_TERMS, microbatch=microbatch)
+    state, metrics = first_step(settings, rows, make_model(5))
+    results.append(copy((state.model, applied_gradients(state), metrics)))
+  close(*results)
+
+
+@pytest.fixture(scope="module")
+def running():
+  """An updater, its rows and their good batch, and a state whose moments are not zero."""
+  updater, rows = updater_for(PLAIN), sampled_rows(PLAIN.temperature)
+  state = copy(first_step(PLAIN, rows)[0])
+  return updater, rows, updater.batch(rows, ADVANTAGES), state
+
+
+def on_device(updater, state):
+  return jax.tree.map(jax.device_put, state, updater.shardings)
+
+
+def bits(x):
+  return np.atleast_1d(np.asarray(x)).view(np.uint8)
+
+
+# In order: an infinite loss, a loss that is no number, and a loss of ordinary size whose
+# gradient overflows (the ratio of a bad reply, exp(80), enters the norm squared).
+@pytest.mark.parametrize("trouble", ["infinite", "nan", "gradient"])
+def test_an_update_that_is_not_finite_changes_no_bit(trouble, running):
+  updater, rows, good, before = running
+  logprobs, advantages = rows.logprobs.copy(), ADVANTAGES.copy()
+  if trouble == "nan":
+    advantages[0] = np.nan
+  else:
+    logprobs[1, 7] -= {"infinite": 1000.0, "gradient": 80.0}[trouble]
+  bad = updater.batch(rows._replace(logprobs=logprobs), advantages)
+  state, metrics = updater.update(on_device(updater, before), bad)
+  assert metrics["update/skipped"] == 1
+  assert bool(np.isfinite(metrics["update/loss"])) == (trouble == "gradient")
+  for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(before), strict=True):
+    np.testing.assert_array_equal(bits(a), bits(b))
+  state, metrics = updater.update(state, good)  # and the run can go on
+  assert metrics["update/skipped"] == 0
+  assert int(state.updates) == int(before.updates) + 1
+
+
+def test_the_state_is_donated_and_the_batch_is_not(running):
+  updater, _, batch, before = running
+  state = on_device(updater, before)
+  updater.update(state, batch)
+  assert all(x.is_deleted() for x in jax.tree.leaves((state.model, state.opt_state)))
+  assert not any(x.is_deleted() for x in jax.tree.leaves(batch))
+
+
+def test_a_row_of_padding_weighs_nothing(running):
+  """Whatever its advantage and its ids."""
+  updater, rows, batch, before = running
+  tokens = rows.tokens.copy()
+  tokens[3] = 11
+  other = updater.batch(rows._replace(tokens=tokens), ADVANTAGES * [1, 1, 1, 50])
+  results = [updater.update(on_device(updater, before), b) for b in (batch, other)]
+  close(*[(copy(state.model), metrics) for state, metrics in results], atol=1e-7)
+
+
+def test_sampling_copy_is_in_the_compute_dtype_and_shares_where_it_can():
+  same = make_model()
+  assert sampling_copy(same) is same
+  mixed = make_model(dtype="bfloat16")
+  cast = sampling_copy(mixed)
+  for a, b in zip(jax.tree.leaves(cast), jax.tree.leaves(mixed), strict=True):
+    assert (a.dtype, b.dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_array_equal(a, b.astype(jnp.bfloat16))
+
+
+def test_one_step_equals_pytorch(tmp_path):
+  """Every term of the loss, gradient clipping and AdamW, on a Hugging Face model."""
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  torch.manual_seed(0)
+  theirs = transformers.Qwen2ForCausalLM(
+    transformers.Qwen2Config(
+      vocab_size=53,
+      hidden_size=16,
+      intermediate_size=24,
+      num_hidden_layers=2,
+      num_attention_heads=4,
+      num_key_value_heads=2,
+      rope_theta=100.0,
+      rms_norm_eps=1e-6,
+      tie_word_embeddings=True,
+      attn_implementation="eager",
+    )
+  )
+  with torch.no_grad():
+    for parameter in theirs.parameters():
+      parameter.add_(0.2 * torch.randn_like(parameter))
+  theirs.save_pretrained(tmp_path / "before")
+
+  s, ragged = ALL_TERMS, make_rows()
+  rows = ragged._replace(  # causal rows, which is what their model knows
+    branch=np.zeros((B, T), np.int32), positions=np.tile(np.arange(T, dtype=np.int32), (B, 1))
+  )
+  ids = torch.tensor(rows.tokens, dtype=torch.long)
+  mask, advantages = torch.tensor(rows.mask), torch.tensor(ADVANTAGES)[:, None]
+  log_p = torch.log_softmax(theirs(ids).logits[:, :-1] / s.temperature, -1)
+  first = torch.zeros(B, 1)  # nothing predicts the first token of a row
+  logprobs = torch.cat([first, log_p.gather(-1, ids[:, 1:, None])[..., 0]], 1)
+  entropy = torch.cat([first, torch.distributions.Categorical(logits=log_p).entropy()], 1)
+  old = (logprobs.detach() + torch.tensor(rows.logprobs)) * mask
+  reference = (logprobs.detach() + 0.5 * torch.randn(B, T)) * mask
+  ratio = torch.exp(logprobs - old)
+  kept = ratio.clamp(1 - s.clip_low, 1 + s.clip_high)
+  surrogate = -torch.minimum(ratio * advantages, kept * advantages)
+  kl = torch.exp(reference - logprobs) - 1 - (reference - logprobs)
+  per_token = surrogate - s.entropy_coef * entropy + s.kl_coef * kl
+  loss = torch.stack([x[m].mean() for x, m in zip(per_token, mask, strict=True) if m.any()]).mean()
+  loss.backward()
+  norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), s.max_grad_norm)
+  assert norm > 2 * s.max_grad_norm
+  torch.optim.AdamW(
+    theirs.parameters(),
+    lr=ADAMW["learning_rate"],
+    betas=(ADAMW["b1"], ADAMW["b2"]),
+    eps=ADAMW["eps"],
+    weight_decay=ADAMW["weight_decay"],
+  ).step()
+  theirs.save_pretrained(tmp_path / "after")
+
+  mesh = make_mesh(1, 1, 1)
+  model, expected = (weights.load(tmp_path / name, CONFIG, mesh) for name in ("before", "after"))
+  updater = updater_for(s)
+  batch = updater.batch(rows._replace(logprobs=old.numpy()), ADVANTAGES)
+  batch = batch._replace(reference_logprobs=reference.numpy().reshape(B, 1, T))
+  state, metrics = updater.update(updater.init(model), batch)
+  np.testing.assert_allclose(metrics["update/loss"], loss.item(), atol=1e-5)
+  np.testing.assert_allclose(metrics["update/gradient_norm"], norm.item(), rtol=1e-4)
+  close(state.model, jax.tree.leaves(expected))
