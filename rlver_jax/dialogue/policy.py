@@ -43,17 +43,25 @@ class Policy:
     self._step = 0
 
   def start(self, step: int) -> None:
-    """A new batch of dialogues begins; `step` enters the randomness."""
+    """A new batch of dialogues begins; `step` enters the randomness.
+
+    The slots start out empty: what an earlier batch left there, had it been read in other
+    pieces, would differ in the last bits from what a run that is resumed here reads.
+    """
     self._step = step
+    self._dialogues.clear()
+    self._answers.clear()
+    self.engine.clear()
 
   def open(self, placed: dict[int, Dialogue]) -> None:
-    """These dialogues begin, in these slots."""
+    """These dialogues begin, in these slots. A prompt that no slot can hold is left to `submit`."""
     section = "policy_think" if self.settings.think else "policy"
     for slot, dialogue in placed.items():
       self._dialogues[slot] = dialogue
       prompt = self._templates[dialogue.scenario.language].render(section)
       dialogue.segments = [Segment(tuple(self._chat.system(prompt)))]
-    self.engine.prefill({slot: d.segments[0].ids for slot, d in placed.items()})
+    prompts = {slot: dialogue.segments[0].ids for slot, dialogue in placed.items()}
+    self.engine.prefill({s: ids for s, ids in prompts.items() if self.engine.fits(ids, 0)})
 
   def submit(self, slot: int, dialogue: Dialogue) -> None:
     """The dialogue in `slot` has a user message that waits for a reply."""
@@ -124,8 +132,9 @@ def split_thought(tokenizer: Tokenizer, ids: list[int]) -> tuple[str, str, list[
 def _ids_after(tokenizer: Tokenizer, ids: list[int], reply: str) -> list[int]:
   """The sampled ids behind the closing mark; the mark's last token may hold more than the mark."""
   cut = tokenizer.split_at(ids, THINK_CLOSE)
-  kept = list(ids[cut:])
+  rest = tokenizer.decode(ids[:cut]).rpartition(THINK_CLOSE)[2].lstrip()
+  kept = tokenizer.encode(rest) + list(ids[cut:])
   while kept and not tokenizer.decode(kept[:1]).strip():
     kept.pop(0)
-  rest = tokenizer.decode(ids[:cut]).rpartition(THINK_CLOSE)[2].strip()
-  return (tokenizer.encode(rest) + kept) if rest else kept
+  # A character whose first byte is in the mark's token can't be put together from pieces.
+  return kept if tokenizer.decode(kept).strip() == reply else tokenizer.encode(reply)

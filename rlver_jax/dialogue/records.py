@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlver_jax.dialogue import emotion as emotion_lib
-from rlver_jax.dialogue.dialogue import Dialogue, Plan, Turn, UserMessage
+from rlver_jax.dialogue.dialogue import Dialogue, Plan, PolicyReply, UserMessage
 
 
 def record(dialogue: Dialogue) -> dict[str, Any]:
@@ -22,7 +22,11 @@ def record(dialogue: Dialogue) -> dict[str, Any]:
   if dialogue.opening is not None:
     history.append(_user(dialogue.opening, dialogue.rules.initial_emotion, None))
   for turn in dialogue.turns:
-    history += _exchange(turn)
+    history += [_assistant(turn.reply), _user(turn.message, turn.emotion, turn.plan)]
+  replies = [turn.reply for turn in dialogue.turns]
+  if dialogue.pending:  # a last reply that the user had no room to appraise
+    replies.append(dialogue.last_reply)
+    history.append(_assistant(dialogue.last_reply))
   return {
     "id": s.id,
     "emo_point": dialogue.emotion,
@@ -38,7 +42,7 @@ def record(dialogue: Dialogue) -> dict[str, Any]:
     "group": dialogue.group,
     "end": dialogue.end,
     "tokens": {
-      "policy": sum(t.reply.sampled_tokens for t in dialogue.turns),
+      "policy": sum(reply.sampled_tokens for reply in replies),
       "simulator": simulator_tokens(dialogue),
     },
   }
@@ -72,15 +76,15 @@ def _user(message: UserMessage | None, emotion: int, plan: Plan | None) -> dict[
   return entry
 
 
-def _exchange(turn: Turn) -> list[dict[str, Any]]:
-  reply: dict[str, Any] = {
+def _assistant(reply: PolicyReply) -> dict[str, Any]:
+  entry: dict[str, Any] = {
     "role": "assistant",
-    "content": turn.reply.text,
-    "tokens": turn.reply.sampled_tokens,
+    "content": reply.text,
+    "tokens": reply.sampled_tokens,
   }
-  if turn.reply.thought is not None:
-    reply |= {"thinking": turn.reply.thought, "well_formed": turn.reply.well_formed}
-  return [reply, _user(turn.message, turn.emotion, turn.plan)]
+  if reply.thought is not None:
+    entry |= {"thinking": reply.thought, "well_formed": reply.well_formed}
+  return entry
 
 
 def write(path: str | os.PathLike, dialogues: Sequence[Dialogue]) -> None:

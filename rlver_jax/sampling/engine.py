@@ -79,7 +79,10 @@ class EngineStats:
 
 
 class Engine:
-  """Slots with caches for one model. `model` may be replaced between calls (after an update)."""
+  """Slots with caches for one model.
+
+  `model` may be replaced (after an update), which empties the slots; `seed` counts modulo 2**32.
+  """
 
   def __init__(
     self,
@@ -91,10 +94,9 @@ class Engine:
     seed: int,
     choices: programs.Choices | None = None,
   ):
-    self.model, self.settings, self.stats = model, settings, EngineStats()
-    self._mesh, self._seed, self._choices = mesh, seed, choices
-    self._held: list[list[int]] = [[] for _ in range(settings.slots)]
-    self._jobs: dict[int, tuple[Request, Sample]] = {}
+    self.settings, self.stats = settings, EngineStats()
+    self._mesh, self._seed, self._choices = mesh, seed % 2**32, choices
+    self.model = model
     self._prefix_rows = partitioning.batch_shards(mesh)
     self._cache = self._new_cache(settings.slots)
     self._prefixes = self._new_cache(self._prefix_rows)
@@ -106,10 +108,30 @@ class Engine:
       stop_ids=tuple(sorted(set(stop_ids))),
     )
 
+  @property
+  def model(self) -> Qwen2:
+    return self._model
+
+  @model.setter
+  def model(self, model: Qwen2) -> None:
+    self._model = model
+    self.clear()  # cached keys and values are the old weights'
+
   # Requests.
 
+  def clear(self) -> None:
+    """Empties all slots: what they hold is forgotten, unfinished requests are dropped."""
+    self._held: list[list[int]] = [[] for _ in range(self.settings.slots)]
+    self._jobs: dict[int, tuple[Request, Sample]] = {}
+
   def prefill(self, prefixes: dict[int, Sequence[int]]) -> None:
-    """Puts the given ids into these slots; ids that several slots share are read once."""
+    """Puts the given ids into these slots; ids that several slots share are read once.
+
+    Raises ValueError, as `submit` and `score` do, for a slot with an unfinished request and for
+    ids that a slot can't hold.
+    """
+    for slot, ids in prefixes.items():
+      self._check(slot, ids, 0)
     with self._clock():
       slots_of: dict[tuple[int, ...], list[int]] = {}
       for slot, ids in prefixes.items():
@@ -134,13 +156,9 @@ class Engine:
 
   def submit(self, slot: int, request: Request) -> None:
     """Asks for a sample in a slot; one request a slot at a time."""
-    if slot in self._jobs:
-      raise ValueError(f"slot {slot} has an unfinished request")
-    if not self.fits(request.ids, request.max_new_tokens):
-      raise ValueError(
-        f"slot {slot} is asked to hold {len(request.ids)} + {request.max_new_tokens} tokens, "
-        f"its cache holds {self.settings.cache_length}"
-      )
+    self._check(slot, request.ids, request.max_new_tokens)
+    if not request.ids or request.max_new_tokens < 1:
+      raise ValueError(f"slot {slot} needs at least one token to go on from and one to draw")
     self._jobs[slot] = (request, Sample([], []))
 
   def step(self) -> dict[int, Sample]:
@@ -168,6 +186,10 @@ class Engine:
 
   def score(self, contexts: dict[int, Sequence[int]]) -> dict[int, np.ndarray]:
     """Log-probability of every continuation in `choices` after each slot's context, by slot."""
+    for slot, ids in contexts.items():
+      self._check(slot, ids, 0)
+      if not ids:
+        raise ValueError(f"slot {slot} needs at least one token to go on from")
     with self._clock():
       self._extend({slot: ids[:-1] for slot, ids in contexts.items()})
       rows = self._rows({slot: ids[-1] for slot, ids in contexts.items()})
@@ -183,6 +205,15 @@ class Engine:
     return stats
 
   # Host side of a step.
+
+  def _check(self, slot: int, ids: Sequence[int], new_tokens: int) -> None:
+    if slot in self._jobs:
+      raise ValueError(f"slot {slot} has an unfinished request")
+    if not self.fits(ids, new_tokens):
+      raise ValueError(
+        f"slot {slot} is asked to hold {len(ids)} + {new_tokens} tokens, its cache holds "
+        f"{self.settings.cache_length}"
+      )
 
   def _pending(self, request: Request, sample: Sample) -> int:
     return sample.ids[-1] if sample.ids else request.ids[-1]

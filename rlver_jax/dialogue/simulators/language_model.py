@@ -107,12 +107,17 @@ class LanguageModelSimulator:
 
   def start(self, step: int) -> None:
     self._step = step
+    self._chats.clear()
+    self._to_score.clear()
+    self._answers.clear()
+    self.engine.clear()  # see `Policy.start`
 
   def open(self, placed: dict[int, Dialogue]) -> None:
     for slot, dialogue in placed.items():
       persona = persona_ids(self._tokenizer, self._template(dialogue), dialogue.scenario)
       self._chats[slot] = _Chat(dialogue, persona)
-    self.engine.prefill({slot: self._chats[slot].kept for slot in placed})
+    personas = {slot: self._chats[slot].kept for slot in placed}
+    self.engine.prefill({s: ids for s, ids in personas.items() if self.engine.fits(ids, 0)})
 
   def submit(self, slot: int, dialogue: Dialogue) -> None:
     chat = self._chats[slot]
