@@ -71,8 +71,8 @@ def test_package_templates_say_what_the_simulator_must_keep_to(language):
   assert [p.start() for p in places] == sorted(p.start() for p in places)
   assert places[-1].start() == plan.rindex("\n") + 1  # the change is the last line
   assert "-10" in plan and "10" in plan
-  message = templates.render("message", **dict.fromkeys(templates_lib.SECTIONS["message"], ""))
-  assert templates.is_goodbye(message)  # it offers phrases that end a dialogue
+  system = templates.render("system", **dict.fromkeys(templates_lib.SECTIONS["system"], ""))
+  assert templates.is_goodbye(system)  # it offers phrases that end a dialogue
   thinking = templates.render("policy_think")
   assert "<think>" in thinking and "</think>" in thinking
   assert "<think>" not in templates.render("policy")

@@ -248,6 +248,7 @@ def test_unusable_directories_are_named(broken, tmp_path):
     config = json.loads((directory / "tokenizer_config.json").read_text("utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     (directory / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    (directory / "config.json").unlink()  # which would decide the tokenizer's class
   with pytest.raises(UserError, match="tok") as caught:
     tokenizer_lib.load(directory)
   assert str(directory) in str(caught.value) and "\n" not in str(caught.value)
@@ -306,7 +307,8 @@ def test_a_template_that_strips_texts_and_opens_with_a_marker_is_read(tiny, tmp_
 
 def test_the_shipped_files_are_small_and_complete(tiny):
   files = {path.name: path.stat().st_size for path in TINY.iterdir()}
-  assert set(files) == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+  tokenizer_files = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+  assert set(files) == tokenizer_files | {"config.json"}
   assert max(files.values()) <= 200_000
   assert tiny.vocab_size == build_tokenizer.VOCAB_SIZE
   assert len(tiny.chat.assistant_start) <= 3 and len(tiny.chat.user_start) <= 3

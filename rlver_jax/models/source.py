@@ -11,6 +11,7 @@ import pathlib
 from jax.sharding import Mesh
 
 from rlver_jax import tokenizer as tokenizer_lib
+from rlver_jax.errors import UserError
 from rlver_jax.models import hub, weights
 from rlver_jax.models.qwen2 import Qwen2, Qwen2Config
 
@@ -39,7 +40,13 @@ def open_source(
   config = hub.read_config(directory, dtype=dtype, param_dtype=param_dtype, remat=remat)
   if not embedded:
     weights.check(directory, config)
-  return ModelSource(directory, config, tokenizer_lib.load(directory), drawn=embedded)
+  tokenizer = tokenizer_lib.load(directory)
+  if tokenizer.vocab_size > config.vocab_size:
+    raise UserError(
+      f"{directory}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, expected ids below "
+      f"vocab_size in config.json, {config.vocab_size}."
+    )
+  return ModelSource(directory, config, tokenizer, drawn=embedded)
 
 
 def load_model(source: ModelSource, mesh: Mesh, seed: int) -> Qwen2:
