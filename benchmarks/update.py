@@ -42,7 +42,7 @@ def main() -> None:
     aggregation="token_mean",
     aggregation_constant=1.0,
     max_grad_norm=1.0,
-    logprob_chunk=64,
+    logprob_chunk=512,
   )
   updater = Updater(partitioning.make_mesh(1, 1, 1), optax.adamw(1e-6), settings, model)
   state = updater.init(model)

@@ -47,20 +47,21 @@ def _published(path: str) -> dict:
     "simulator": {
       # language_model (a frozen model here) or scripted (a fixed appraisal, for debugging).
       "kind": "language_model",
+      # As policy.path and policy.dtype; its parameters are kept in the same dtype.
       "path": path,
-      "dtype": "bfloat16",
+      "dtype": "bfloat16",  # or float32
       # How the change of emotion is read: `generate` (the last field of the appraisal) or
       # `choice` (the most probable of the integers -10..10).
       "score": "generate",
       # Write an appraisal before the change is read; `generate` needs it.
       "appraise": True,
-      # Sampling of appraisals and messages; temperature 0 is greedy.
-      "temperature": 0.7,
-      "top_k": 0,
-      "top_p": 0.9,
-      # Most new tokens of one appraisal and of one message.
-      "max_plan_tokens": 512,
-      "max_message_tokens": 256,
+      # Sampling of appraisals and messages.
+      "temperature": 0.7,  # 0: greedy
+      "top_k": 0,  # only the so many most probable tokens; 0: all
+      "top_p": 0.9,  # only the most probable tokens that together have this probability
+      # Most new tokens of one answer.
+      "max_plan_tokens": 512,  # of an appraisal
+      "max_message_tokens": 256,  # of a message
       # Tokens that one simulated user's chat may hold, persona included.
       "cache_length": 16384,
       # Folder with en.txt and zh.txt to use instead of the package's templates.
@@ -69,15 +70,17 @@ def _published(path: str) -> dict:
     "dialogue": {
       # direct, or think (<think>...</think> before the reply).
       "mode": "think",
-      # Scenarios a step, and dialogues for each of them.
+      # Scenarios that a step draws.
       "scenarios_per_step": 32,
+      # Dialogues for each of them.
       "group_size": 4,
-      # Replies of the policy in one dialogue.
+      # Most replies of the policy in one dialogue.
       "max_turns": 8,
+      # The user's emotion at the start; the most is 100.
       "initial_emotion": 30,
-      # A dialogue ends when the emotion is <= failure_at or >= success_at.
-      "failure_at": 0,
-      "success_at": 100,
+      # A dialogue ends when the emotion is
+      "failure_at": 0,  # at most this,
+      "success_at": 100,  # or at least this.
       # Taken from the reward for the share of replies without a well-formed thought (think).
       "malformed_penalty": 0.0,
     },
@@ -88,14 +91,14 @@ def _published(path: str) -> dict:
       "cache_dir": "~/.cache/rlver_jax/scenarios",
     },
     "sampling": {
-      # The policy's sampling.
-      "temperature": 1.0,
-      "top_k": 0,
-      "top_p": 1.0,
-      # Most new tokens of one reply; and of the first prompt, and of all that follows it.
-      "max_new_tokens": 1024,
-      "max_prompt_tokens": 5000,
-      "max_response_tokens": 10000,
+      # The policy's sampling, as the simulator's.
+      "temperature": 1.0,  # 0: greedy
+      "top_k": 0,  # 0: all tokens
+      "top_p": 1.0,  # 1: all tokens
+      # Most tokens
+      "max_new_tokens": 1024,  # of one reply,
+      "max_prompt_tokens": 5000,  # of instructions and the user's first message,
+      "max_response_tokens": 10000,  # and of all that follows them, the user's messages included.
       # Dialogues under way at once; 0 means all of a step.
       "slots": 0,
       # Tokens drawn before the host looks again.
@@ -107,15 +110,17 @@ def _published(path: str) -> dict:
       "smallest_window": 1024,
     },
     "optimizer": {
+      # After warm-up.
       "learning_rate": 1e-6,
-      # Share of all updates in which the rate rises linearly from 0.
+      # Share of all updates in which the rate rises linearly to the full one.
       "warmup_fraction": 0.02,
       # After that: constant or cosine (to zero).
       "schedule": "constant",
-      "b1": 0.9,
-      "b2": 0.999,
-      "eps": 1e-8,
-      "weight_decay": 0.01,
+      # AdamW (arXiv 1711.05101).
+      "b1": 0.9,  # decay of the first moment
+      "b2": 0.999,  # decay of the second moment
+      "eps": 1e-8,  # added to the root of the second moment
+      "weight_decay": 0.01,  # times the learning rate
       # Of AdamW's first moment: float32 or bfloat16.
       "moment_dtype": "float32",
       # Gradients are scaled down to this global norm.
@@ -124,15 +129,19 @@ def _published(path: str) -> dict:
     "training": {
       # Rows of a microbatch; must divide scenarios_per_step * group_size.
       "microbatch": 8,
-      # Positions of a row whose logits are alive at a time.
-      "logprob_chunk": 128,
+      # Tokens, over all rows of a microbatch, whose logits are alive at a time.
+      "logprob_chunk": 1024,
       # The smallest padded row length; larger ones double up to the longest row.
       "smallest_row": 1024,
       # Consecutive updates with a loss or gradient that is not finite that end the run.
       "max_nonfinite": 3,
     },
-    # The device mesh; one size may be -1 for the devices that are left.
-    "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+    # Devices along each axis of the mesh; one may be -1 for those that are left.
+    "mesh": {
+      "data": 1,  # copies of the model, each with rows of its own
+      "fsdp": -1,  # rows, and parameters cut along the model's width
+      "tensor": 1,  # heads, feed-forward and vocabulary
+    },
     "checkpoint": {
       # Steps between checkpoints; the last step and an interrupted run are always saved.
       "every": 5,
@@ -140,6 +149,7 @@ def _published(path: str) -> dict:
       "keep": 2,
     },
     "log": {
+      # Write the metrics for TensorBoard too.
       "tensorboard": True,
       # Steps between files of dialogues; 0 for none.
       "dialogues_every": 1,
@@ -159,7 +169,7 @@ def _small(config: ConfigDict) -> None:
     extend_buckets=(64, 512), smallest_window=1024,
   )  # fmt: skip
   config.simulator.update(max_plan_tokens=256, max_message_tokens=128, cache_length=8192)
-  config.training.update(microbatch=4, smallest_row=512)
+  config.training.update(microbatch=4, smallest_row=512, logprob_chunk=256)
 
 
 def _tiny(config: ConfigDict) -> None:
@@ -177,5 +187,5 @@ def _tiny(config: ConfigDict) -> None:
     extend_buckets=(64, 256), smallest_window=1024, decode_steps=48,
   )  # fmt: skip
   config.optimizer.learning_rate = 1e-3
-  config.training.update(microbatch=16, smallest_row=512)
+  config.training.update(microbatch=16, smallest_row=512, logprob_chunk=512)
   config.checkpoint.every = 1

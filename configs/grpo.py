@@ -15,15 +15,14 @@ def get_config(preset: str = "tiny") -> ConfigDict:
   config = common.base(preset)
   config.algorithm = ConfigDict(
     {
-      "name": "grpo",
       # Divide a group's advantages by its standard deviation (off: Dr. GRPO).
       "scale_by_std": True,
       # How tokens are averaged in the loss: token_mean, sequence_mean, constant. `constant`
       # divides a sequence's sum by `max_response_tokens` whatever its length (Dr. GRPO).
       "aggregation": "token_mean",
-      # The ratio to the sampling policy is clipped to [1 - clip_low, 1 + clip_high].
-      "clip_low": 0.2,
-      "clip_high": 0.2,
+      # The ratio to the sampling policy is clipped to
+      "clip_low": 0.2,  # 1 less this
+      "clip_high": 0.2,  # and 1 plus this.
       # Weight of the entropy bonus.
       "entropy_coef": 0.001,
       # Weight of the KL to the frozen reference; 0 loads no reference.

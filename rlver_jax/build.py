@@ -5,7 +5,6 @@ scenarios, the mesh); `build` loads the models and compiles.
 """
 
 import dataclasses
-import math
 
 import jax
 import optax
@@ -85,7 +84,7 @@ def open_sources(config: ConfigDict) -> Sources:
     param_dtype=config.policy.param_dtype,
     remat=config.policy.remat,
   )
-  _check_policy_room(config, policy)
+  _check_policy_room(config, policy, templates)
   frozen = {"dtype": config.simulator.dtype, "param_dtype": config.simulator.dtype}
   simulator = None
   if config.simulator.kind == "language_model":
@@ -115,8 +114,18 @@ def open_sources(config: ConfigDict) -> Sources:
   return Sources(mesh, scenarios, templates, policy, reference, simulator)
 
 
-def _check_policy_room(config: ConfigDict, source: ModelSource) -> None:
+def _check_policy_room(
+  config: ConfigDict, source: ModelSource, templates: dict[str, templates_lib.Templates]
+) -> None:
   s = config.sampling
+  section = "policy_think" if config.dialogue.mode == "think" else "policy"
+  for language, texts in templates.items():
+    prompt = len(source.tokenizer.chat.system(texts.render(section)))
+    if prompt >= s.max_prompt_tokens:
+      raise UserError(
+        f"sampling.max_prompt_tokens is {s.max_prompt_tokens}, expected room for the {prompt} "
+        f"tokens of the policy's instructions ('{language}') and the user's first message."
+      )
   if s.max_new_tokens > s.max_response_tokens:
     raise UserError(
       f"sampling.max_new_tokens is {s.max_new_tokens}, expected at most "
@@ -139,15 +148,18 @@ def _check_positions(name: str, source: ModelSource, cache_length: int) -> None:
 
 
 def make_schedule(config: ConfigDict) -> optax.Schedule:
-  """Learning rate by applied update: linear warm-up, then constant or a cosine to zero."""
+  """Learning rate by applied update: linear warm-up, then constant or a cosine to zero.
+
+  The n-th of w warm-up updates (n from 1) has the rate n / w of the full one.
+  """
   o = config.optimizer
   updates = config.steps * config.algorithm.epochs
-  warmup = math.ceil(o.warmup_fraction * updates)
+  warmup = int(o.warmup_fraction * updates)
+  after = optax.constant_schedule(o.learning_rate)
   if o.schedule == "cosine":
-    return optax.warmup_cosine_decay_schedule(
-      0.0, o.learning_rate, warmup, max(updates, warmup + 1)
-    )
-  return optax.warmup_constant_schedule(0.0, o.learning_rate, warmup)
+    after = optax.cosine_decay_schedule(o.learning_rate, updates - warmup)
+  rise = optax.linear_schedule(0.0, o.learning_rate, max(warmup, 1))
+  return optax.join_schedules([lambda n: rise(n + 1), after], [warmup])
 
 
 def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -195,7 +207,7 @@ def ladder(longest: int, smallest: int, *, middle: bool) -> tuple[int, ...]:
   while size < longest:
     sizes += [size, size * 3 // 2] if middle else [size]
     size *= 2
-  return (*(s for s in sizes if s < longest), longest)
+  return tuple(sorted({*(s for s in sizes if s < longest), longest}))
 
 
 def row_lengths(config: ConfigDict) -> tuple[int, ...]:

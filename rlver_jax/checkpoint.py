@@ -93,12 +93,15 @@ class Checkpoints:
     self.wait()
     return self._manager.best_step()
 
-  def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
+  def restore(
+    self, abstract_state: Any, step: int | None = None, *, partial: bool = False
+  ) -> tuple[Any, dict]:
     """Reads the checkpoint of `step`, or the newest one.
 
     `abstract_state` has the structure of the saved state; its leaves are arrays or
     jax.ShapeDtypeStruct, whose shardings the restored arrays take (one without a sharding goes
-    to the first device). The mesh may differ from the one that the state was saved on.
+    to the first device). The mesh may differ from the one that the state was saved on. With
+    `partial`, what the checkpoint holds beyond `abstract_state` is left unread.
 
     Returns (state, metadata). Raises UserError when there is no such checkpoint, when it is
     damaged, or when its tree, shapes or dtypes differ from those of `abstract_state`.
@@ -113,12 +116,16 @@ class Checkpoints:
     wanted = _named(abstract_state)
     tree = _read(path, lambda: self._manager.item_metadata(step)["state"].tree)
     saved = _named(tree, is_leaf=lambda x: hasattr(x, "dtype"))
+    if partial:
+      saved = {name: leaf for name, leaf in saved.items() if name in wanted}
     if difference := _first_difference(saved, wanted):
       raise UserError(f"Checkpoint {path} does not fit this configuration: {difference}.")
     structs = _nest({name: _struct(leaf) for name, leaf in wanted.items()})
     items = ocp.args.Composite(
       state=ocp.args.PyTreeRestore(
-        structs, restore_args=ocp.checkpoint_utils.construct_restore_args(structs)
+        structs,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(structs),
+        partial_restore=partial,
       ),
       metadata=ocp.args.JsonRestore(),
     )

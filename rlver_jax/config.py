@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -20,7 +21,6 @@ CHOICES = {
   "dialogue.mode": ("direct", "think"),
   "optimizer.schedule": ("constant", "cosine"),
   "optimizer.moment_dtype": ("float32", "bfloat16"),
-  "algorithm.name": ("grpo",),
   "algorithm.aggregation": AGGREGATIONS,
 }
 
@@ -52,7 +52,6 @@ AT_LEAST = {
   "algorithm.epochs": 1,
   "optimizer.learning_rate": 0,
   "optimizer.weight_decay": 0,
-  "optimizer.max_grad_norm": 0,
   "training.microbatch": 1,
   "training.logprob_chunk": 1,
   "training.smallest_row": 1,
@@ -62,16 +61,28 @@ AT_LEAST = {
   "log.dialogues_every": 0,
 }
 
+POSITIVE = ("optimizer.eps", "optimizer.max_grad_norm")
+FRACTIONS = ("optimizer.warmup_fraction", "optimizer.b1", "optimizer.b2")  # in [0, 1)
+
 # Fields that a run in the same workdir may change: they say how long it goes on and what it
-# keeps, not what it computes.
+# keeps, not what a step computes (`steps` also sets the length of warm-up and of a cosine).
 FREE = ("steps", "checkpoint", "log", "compilation_cache", "data.cache_dir")
 
 
 def get(config: ConfigDict, field: str) -> Any:
-  """The value of a dotted field."""
+  """The value of a dotted field; UserError where a configuration lacks it."""
   value = config
   for name in field.split("."):
+    if name not in value:
+      raise UserError(f"{field} is missing, expected a configuration with all of configs/grpo.py.")
     value = value[name]
+  return value
+
+
+def _number(config: ConfigDict, field: str) -> float:
+  value = get(config, field)
+  if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    raise UserError(f"{field} is {value!r}, expected a finite number.")
   return value
 
 
@@ -81,11 +92,17 @@ def validate(config: ConfigDict) -> None:
     if (value := get(config, field)) not in allowed:
       raise UserError(f"{field} is '{value}', expected one of: {', '.join(allowed)}.")
   for field, least in AT_LEAST.items():
-    if not get(config, field) >= least:
-      raise UserError(f"{field} is {get(config, field)}, expected at least {least}.")
+    if (value := _number(config, field)) < least:
+      raise UserError(f"{field} is {value}, expected at least {least}.")
+  for field in POSITIVE:
+    if (value := _number(config, field)) <= 0:
+      raise UserError(f"{field} is {value}, expected more than 0.")
+  for field in FRACTIONS:
+    if not 0 <= (value := _number(config, field)) < 1:
+      raise UserError(f"{field} is {value}, expected a number in [0, 1).")
   for field in ("sampling.top_p", "simulator.top_p"):
-    if not 0 < get(config, field) <= 1:
-      raise UserError(f"{field} is {get(config, field)}, expected a number in (0, 1].")
+    if not 0 < (value := _number(config, field)) <= 1:
+      raise UserError(f"{field} is {value}, expected a number in (0, 1].")
   d, s, u = config.dialogue, config.sampling, config.training
   rows = d.scenarios_per_step * d.group_size
   if rows % u.microbatch:
@@ -97,13 +114,11 @@ def validate(config: ConfigDict) -> None:
     raise UserError(
       f"sampling.slots is {s.slots}, expected at most the {rows} dialogues of a step."
     )
-  if list(s.extend_buckets) != sorted(set(s.extend_buckets)) or not s.extend_buckets:
+  buckets = list(s.extend_buckets)
+  whole = all(isinstance(n, int) and n > 0 for n in buckets)
+  if not buckets or not whole or buckets != sorted(set(buckets)):
     raise UserError(
-      f"sampling.extend_buckets is {tuple(s.extend_buckets)}, expected ascending numbers."
-    )
-  if min(s.extend_buckets) < 1:
-    raise UserError(
-      f"sampling.extend_buckets is {tuple(s.extend_buckets)}, expected positive numbers."
+      f"sampling.extend_buckets is {tuple(buckets)}, expected positive integers that ascend."
     )
   if not d.failure_at < d.initial_emotion < d.success_at:
     raise UserError(
@@ -114,11 +129,6 @@ def validate(config: ConfigDict) -> None:
     raise UserError(
       "simulator.appraise is False, expected True with simulator.score 'generate', which reads "
       "the change from the appraisal."
-    )
-  if not 0 <= config.optimizer.warmup_fraction < 1:
-    raise UserError(
-      f"optimizer.warmup_fraction is {config.optimizer.warmup_fraction}, expected a number in "
-      f"[0, 1)."
     )
 
 

@@ -8,10 +8,8 @@ safetensors in bfloat16 (or float32); it must not exist yet, or be empty.
 
 import json
 import pathlib
-from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict
 
 from rlver_jax import cli
 from rlver_jax.errors import UserError
@@ -41,53 +39,39 @@ def export(
 
   Raises UserError when there is no such run or checkpoint, or when `out` is taken.
   """
-  import jax
-  import optax
-
-  from rlver_jax import build, partitioning
+  from rlver_jax import partitioning
   from rlver_jax.checkpoint import Checkpoints
   from rlver_jax.models import hub, source, weights
-  from rlver_jax.rl.update import TrainState
 
-  config = _run_config(workdir)
+  policy = _policy_fields(workdir)
   if out.exists() and not hub.is_empty_directory(out):
     raise UserError(f"--out is {out}, which holds files, expected a new or empty directory.")
-  policy = config.policy
-  opened = source.open_source(
-    policy.path, "policy.path", dtype=policy.dtype, param_dtype=policy.param_dtype
-  )
+  opened = source.open_source(field="policy.path", **policy)
   checkpoints = Checkpoints(str(workdir / "checkpoints"), keep=None)
   step = checkpoints.best() if best else checkpoints.latest() if step is None else step
   mesh = partitioning.make_mesh(1, -1, 1)
-  optimizer: optax.GradientTransformation = build.make_optimizer(
-    config, build.make_schedule(config)
-  )
-
-  def state(model):
-    return TrainState(model, optimizer.init(model), jax.numpy.int32(0))
-
-  abstract = jax.eval_shape(state, weights.abstract_model(opened.config))
-  shardings = partitioning.model_shardings(mesh, abstract)
-  restored, _ = checkpoints.restore(partitioning.abstract(abstract, shardings), step)
-  weights.save(restored.model, out, source=opened.directory, dtype=dtype)
+  wanted = {"model": weights.abstract_model(opened.config)}
+  wanted = partitioning.abstract(wanted, partitioning.model_shardings(mesh, wanted))
+  restored, _ = checkpoints.restore(wanted, step, partial=True)
+  weights.save(restored["model"], out, source=opened.directory, dtype=dtype)
   return step
 
 
-def _run_config(workdir: pathlib.Path) -> ConfigDict:
-  """The configuration that the run was started with."""
+def _policy_fields(workdir: pathlib.Path) -> dict[str, str]:
+  """path, dtype and param_dtype of the run's policy."""
   file = workdir / "config.json"
   try:
     flat = json.loads(file.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise UserError(f"{file} cannot be read ({error}), expected the folder of a run.") from error
-  nested: dict[str, Any] = {}
-  for field, value in flat.items():
-    *sections, name = field.split(".")
-    node = nested
-    for section in sections:
-      node = node.setdefault(section, {})
-    node[name] = value
-  return ConfigDict(nested)
+    return {name: flat[f"policy.{name}"] for name in ("path", "dtype", "param_dtype")}
+  except OSError as error:
+    raise UserError(
+      f"{file} cannot be read ({error.strerror}), expected the folder of a run."
+    ) from error
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(
+      f"{file} is not the configuration of a run ({type(error).__name__}: {error}), expected one "
+      f"that rlver_jax.main wrote."
+    ) from error
 
 
 if __name__ == "__main__":

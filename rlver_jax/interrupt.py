@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class Interrupted(Exception):
   """The run was asked to stop; `signum` is the signal that asked."""
@@ -20,17 +22,20 @@ class Interrupted(Exception):
 class Interrupts:
   """Notes signals; `check` raises Interrupted when one has come.
 
-  A second signal acts as it does without us, for a run that must end at once.
+  A second signal ends the process at once, whatever it is doing.
   """
 
   def __init__(self):
     self._signum = 0
     self._deferred = False
-    self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+    for noted in SIGNALS:
+      signal.signal(noted, self._note)
 
   def _note(self, signum: int, frame) -> None:
     self._signum = signum
-    signal.signal(signum, self._previous[signum])
+    # Not Python's handlers: they would wait for a device program, and then for the checkpoint.
+    for noted in SIGNALS:
+      signal.signal(noted, signal.SIG_DFL)
 
   def check(self) -> None:
     """Raises Interrupted when a signal has come, unless in `deferred`.

@@ -96,18 +96,25 @@ def _prepare_jax(config) -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-  """Parses the flags; a mistake in the config's fields becomes a UserError of one sentence."""
+  """Parses the flags, which runs the config file; a mistake becomes a UserError of one sentence."""
   try:
     return flags.FLAGS(argv)
-  except (KeyError, AttributeError) as error:
-    found = re.search(r"(\w+)\W+Did you mean \"(\w+)\"", str(error).replace("\\n", " "))
-    if found is None:
-      raise UserError(f"--config overrides an unknown field: {error}.") from error
-    raise UserError(
-      f"--config overrides the field '{found[1]}', which does not exist, expected '{found[2]}'."
-    ) from error
-  except (OSError, TypeError, ValueError) as error:
+  except flags.Error:
+    raise
+  except (OSError, TypeError, ValueError) as error:  # also what the file itself says of a preset
     raise UserError(cli.last_line(str(error))) from error
+  except Exception as error:  # an override of no field, or anything that a file of Python raises
+    text = str(error).replace("\\n", " ")
+    found = re.fullmatch(r"\W*(\w+)\W*(?:Did you mean \W*(\w+).*)?", text)
+    if found and any(re.match(rf"--?config[\w.]*\.{found[1]}\b", flag) for flag in argv):
+      expected = f"'{found[2]}'" if found[2] else "one of the config file"
+      raise UserError(
+        f"--config overrides the field '{found[1]}', which does not exist, expected {expected}."
+      ) from error
+    raise UserError(
+      f"--config names a file that fails with {type(error).__name__} ({' '.join(text.split())}), "
+      "expected one whose get_config returns the configuration."
+    ) from error
 
 
 if __name__ == "__main__":

@@ -37,12 +37,13 @@ def train(
   """
   compiles = metrics_lib.CompileCounter()
   checkpoints = Checkpoints(str(workdir / "checkpoints"), config.checkpoint.keep)
-  writer = metrics_lib.MetricsWriter(workdir, config.log.tensorboard)
   if checkpoints.latest() is not None and checkpoints.latest() >= config.steps:
     print(
       f"The run in {workdir} has all its {config.steps} steps; a larger --config.steps goes on."
     )
-    return metrics_lib.summary(workdir)
+    checkpoints.close()
+    return metrics_lib.write_summary(workdir, {})  # a run killed at its very end left none
+  writer = metrics_lib.MetricsWriter(workdir, config.log.tensorboard)
   print("Loading models and compiling ...", flush=True)
   started = time.perf_counter()
   run = build_lib.build(config, sources)
@@ -88,13 +89,6 @@ def train(
       with timer("write"):
         if config.log.dialogues_every and step % config.log.dialogues_every == 0:
           write_dialogues(workdir, done, dialogues)
-        if nonfinite >= config.training.max_nonfinite:
-          raise Diverged(
-            f"{nonfinite} updates in a row had a loss or gradient that is not finite "
-            f"(training.max_nonfinite); the state before them is saved as step {done}."
-          )
-        if done % config.checkpoint.every == 0 or done == config.steps:
-          save(done, reward)
       seconds = timer.take()
       scalars |= stage_metrics(run, seconds, scalars)
       scalars |= {
@@ -106,6 +100,15 @@ def train(
       writer.write(done, scalars)
       line = metrics_lib.progress_line(done, config.steps, scalars, scalars["seconds/step"])
       print(line, flush=True)
+      # After the metrics: a run that is killed in between does the step again, and drops its line.
+      with timer("checkpoint"):
+        if nonfinite >= config.training.max_nonfinite:
+          raise Diverged(
+            f"{nonfinite} updates in a row had a loss or gradient that is not finite "
+            f"(training.max_nonfinite); the state before them is saved as step {done}."
+          )
+        if done % config.checkpoint.every == 0 or done == config.steps:
+          save(done, reward)
       interrupts.check()
   except (Interrupted, Diverged):
     save(done, reward)
@@ -113,7 +116,7 @@ def train(
   finally:
     checkpoints.close()
     writer.close()
-  return metrics_lib.write_summary(workdir, {"checkpoints": str(workdir / "checkpoints")})
+  return metrics_lib.write_summary(workdir, {})
 
 
 def play(

@@ -12,6 +12,7 @@ import os
 import pathlib
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from rlver_jax import config as config_lib
@@ -22,16 +23,19 @@ def claim(workdir: str, config: ConfigDict) -> pathlib.Path:
   """Makes the folder, or checks that it holds a run of the same configuration.
 
   Raises UserError when it cannot be written, holds something else, or belongs to a run whose
-  configuration differs in a field that a run may not change.
+  configuration differs in a field that a run may not change. Of several processes, which may
+  share the folder, the first one claims it.
   """
   path = pathlib.Path(workdir).expanduser()
   file = path / "config.json"
   flat = config_lib.flatten(config)
+  if jax.process_index() > 0:
+    return path
   try:
     path.mkdir(parents=True, exist_ok=True)
     if file.exists():
       _check(path, json.loads(file.read_text(encoding="utf-8")), flat)
-    elif any(path.iterdir()):
+    elif any(not child.name.startswith(".") for child in path.iterdir()):
       raise UserError(
         f"workdir {path} holds files but no config.json, expected an empty folder or a run."
       )
@@ -42,12 +46,14 @@ def claim(workdir: str, config: ConfigDict) -> pathlib.Path:
     ) from error
   except ValueError as error:
     raise UserError(
-      f"{file} is not JSON ({error}), expected the configuration of a run."
+      f"{file} is not a JSON object ({error}), expected the configuration of a run."
     ) from error
   return path
 
 
-def _check(path: pathlib.Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+def _check(path: pathlib.Path, old: Any, new: dict[str, Any]) -> None:
+  if not isinstance(old, dict):
+    raise ValueError(f"found a {type(old).__name__}")
   if field := config_lib.difference(old, new):
     raise UserError(
       f"workdir {path} belongs to a run with {field} = {old.get(field)!r}, found "

@@ -149,10 +149,8 @@ def test_greedy_takes_the_best_token_whatever_the_key(sampling):
 @pytest.mark.parametrize(
   "sampling",
   (
-    Sampling(),
-    Sampling(temperature=0.3),
+    Sampling(temperature=0.3, top_p=0.3),
     Sampling(temperature=2.5, top_k=5),
-    Sampling(top_p=0.3),
     Sampling(temperature=0, top_k=3),
   ),
   ids=str,

@@ -1,0 +1,153 @@
+"""Runs small enough to be made many times in a test: their configuration, and what they leave."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache as compilation_cache_lib
+from ml_collections import ConfigDict
+
+from configs import grpo
+from rlver_jax import build, interrupt, train
+from rlver_jax.models import source, weights
+from rlver_jax.partitioning import make_mesh
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+
+# One attention window, one bucket and one row length: few programs to compile.
+SMALL = {
+  "steps": 2,
+  "simulator.kind": "scripted",
+  "dialogue.scenarios_per_step": 2,
+  "dialogue.group_size": 2,
+  "dialogue.max_turns": 2,
+  "sampling.max_new_tokens": 8,
+  "sampling.max_prompt_tokens": 384,
+  "sampling.max_response_tokens": 256,
+  "sampling.decode_steps": 8,
+  "sampling.smallest_window": 1024,
+  "sampling.extend_buckets": (128,),
+  "training.microbatch": 2,
+  "training.smallest_row": 1024,
+  "training.logprob_chunk": 64,
+  "log.tensorboard": False,
+  "compilation_cache": "",
+}
+# What a frozen model as simulated user needs besides.
+LANGUAGE_MODEL = {
+  "simulator.kind": "language_model",
+  "simulator.max_plan_tokens": 8,
+  "simulator.max_message_tokens": 8,
+  "simulator.cache_length": 2048,
+  "sampling.smallest_window": 2048,
+}
+# Metrics that differ from one run of the same numbers to the next.
+TIMED = ("seconds/", "compile/")
+TIMED_ENDS = ("_seconds", "per_second")
+
+
+def config(preset: str = "tiny", **changes: Any) -> ConfigDict:
+  """The small configuration with these dotted fields changed."""
+  result = grpo.get_config(preset)
+  result.update_from_flattened_dict(SMALL | changes)
+  return result
+
+
+def play(
+  config: ConfigDict, workdir: pathlib.Path, interrupts=interrupt.Interrupts
+) -> dict[str, Any]:
+  """A run in this process, from the configuration's files to the summary."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  with signals_restored():
+    return train.train(config, build.open_sources(config), workdir, interrupts())
+
+
+@contextlib.contextmanager
+def signals_restored():
+  """Puts the handlers of signals back that `Interrupts` replaces."""
+  handlers = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
+  try:
+    yield
+  finally:
+    for number, handler in handlers.items():
+      signal.signal(number, handler)
+
+
+def flags(**changes: Any) -> list[str]:
+  """The small configuration with these fields changed, as flags."""
+  return [f"--config.{field}={value}" for field, value in (SMALL | changes).items()]
+
+
+def command(workdir: pathlib.Path, **changes: Any) -> list[str]:
+  """The command of a run in a process of its own."""
+  program = [sys.executable, "-m", "rlver_jax.main", "--config=configs/grpo.py"]
+  return [*program, f"--workdir={workdir}", *flags(**changes)]
+
+
+def start(command: list[str]) -> subprocess.Popen:
+  """Starts a command in the repository, its output in pipes."""
+  environment = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  return subprocess.Popen(command, cwd=REPOSITORY, env=environment, **pipes)
+
+
+def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """The lines of metrics.jsonl."""
+  with open(workdir / "metrics.jsonl", encoding="utf-8") as file:
+    return [json.loads(line) for line in file]
+
+
+def reproducible(record: dict[str, Any]) -> dict[str, Any]:
+  """A line of metrics without what is measured with a clock."""
+  return {
+    name: value
+    for name, value in record.items()
+    if not name.startswith(TIMED) and not name.endswith(TIMED_ENDS)
+  }
+
+
+def dialogue_files(workdir: pathlib.Path) -> dict[str, bytes]:
+  """The files of dialogues with their content."""
+  return {file.name: file.read_bytes() for file in sorted((workdir / "dialogues").iterdir())}
+
+
+def save_policy(directory: pathlib.Path, change=None, **sizes: Any) -> pathlib.Path:
+  """Writes the embedded model with weights of its own as a Hugging Face directory.
+
+  `change` is called with the model first; `sizes` replaces fields of its configuration.
+  """
+  opened = source.open_source("tiny", "policy.path", dtype="float32", param_dtype="float32")
+  model = source.load_model(opened, make_mesh(1, -1, 1), seed=5)
+  if change is not None:
+    change(model)
+  weights.save(model, directory, source=opened.directory, dtype="float32")
+  if sizes:
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | sizes))
+  return directory
+
+
+@contextlib.contextmanager
+def compilation_cache(folder: pathlib.Path):
+  """Keeps every program compiled in this process in `folder`, for the next test that needs it."""
+  settings = {
+    "jax_compilation_cache_dir": str(folder),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  before = {name: getattr(jax.config, name) for name in settings}
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  compilation_cache_lib.reset_cache()
+  try:
+    yield
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+    compilation_cache_lib.reset_cache()

@@ -1,0 +1,204 @@
+"""Configurations: the presets, the checks, and what tells two of them apart."""
+
+import ast
+import json
+import math
+
+import pytest
+import runs
+from ml_collections import ConfigDict
+
+from configs import common, grpo
+from rlver_jax import config as config_lib
+from rlver_jax.errors import UserError
+
+PRESETS = tuple(common.MODELS)
+FIELDS = tuple(config_lib.flatten(grpo.get_config()))
+
+
+def changed(**changes) -> ConfigDict:
+  """The tiny preset with these fields set, whatever their types."""
+  config = grpo.get_config()
+  for field, value in changes.items():
+    *sections, name = field.split(".")
+    section = config_lib.get(config, ".".join(sections)) if sections else config
+    with section.ignore_type():
+      section[name] = value
+  return config
+
+
+def message(**changes) -> str:
+  """What `validate` says of the tiny preset with these changes."""
+  with pytest.raises(UserError) as raised:
+    config_lib.validate(changed(**changes))
+  return str(raised.value)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_each_preset_is_complete_and_valid(preset):
+  config = grpo.get_config(preset)
+  config_lib.validate(config)
+  assert tuple(config_lib.flatten(config)) == FIELDS
+  assert config.policy.path == config.simulator.path == common.MODELS[preset]
+
+
+def test_the_7b_preset_is_the_published_recipe():
+  published = {
+    "steps": 1000,
+    "dialogue.scenarios_per_step": 32,
+    "dialogue.group_size": 4,
+    "dialogue.max_turns": 8,
+    "dialogue.initial_emotion": 30,
+    "dialogue.failure_at": 0,
+    "dialogue.success_at": 100,
+    "dialogue.malformed_penalty": 0.0,
+    "sampling.temperature": 1.0,
+    "sampling.top_k": 0,
+    "sampling.top_p": 1.0,
+    "sampling.max_prompt_tokens": 5000,
+    "sampling.max_response_tokens": 10000,
+    "optimizer.learning_rate": 1e-6,
+    "optimizer.warmup_fraction": 0.02,
+    "optimizer.max_grad_norm": 1.0,
+    "algorithm.clip_low": 0.2,
+    "algorithm.clip_high": 0.2,
+    "algorithm.entropy_coef": 0.001,
+    "algorithm.kl_coef": 0.0,
+    "algorithm.epochs": 1,
+    "checkpoint.every": 5,
+    "policy.path": "Qwen/Qwen2.5-7B-Instruct",
+  }
+  flat = config_lib.flatten(grpo.get_config("qwen2.5-7b"))
+  assert {field: flat[field] for field in published} == published
+
+
+def test_an_unknown_preset_is_named_with_those_there_are():
+  with pytest.raises(ValueError, match="preset is 'qwen3', expected one of: tiny, "):
+    grpo.get_config("qwen3")
+
+
+@pytest.mark.parametrize("file", ["common.py", "grpo.py"])
+def test_every_field_has_a_comment_on_its_line_or_right_above(file):
+  """Fields are the string keys with a plain value in the files' dictionaries."""
+  source = (runs.REPOSITORY / "configs" / file).read_text(encoding="utf-8")
+  lines = source.splitlines()
+  bare, seen = [], 0
+  for node in ast.walk(ast.parse(source)):
+    if not isinstance(node, ast.Dict) or len(node.keys) == 0:
+      continue
+    for key, value in zip(node.keys, node.values, strict=True):
+      if isinstance(value, ast.Dict) or key.value in common.MODELS:
+        continue
+      seen += 1
+      on, above = lines[key.lineno - 1], lines[key.lineno - 2].strip()
+      if "#" not in on and not above.startswith("#"):
+        bare.append(key.value)
+  assert seen > 5
+  assert not bare
+
+
+@pytest.mark.parametrize("field", config_lib.CHOICES)
+def test_a_value_outside_the_choices_is_named_with_them(field):
+  allowed = ", ".join(config_lib.CHOICES[field])
+  assert message(**{field: "other"}) == f"{field} is 'other', expected one of: {allowed}."
+
+
+@pytest.mark.parametrize("field", config_lib.AT_LEAST)
+def test_a_number_below_the_least_is_named_with_it(field):
+  least = config_lib.AT_LEAST[field]
+  bad = type(config_lib.get(grpo.get_config(), field))(least - 1)
+  assert message(**{field: bad}) == f"{field} is {bad}, expected at least {least}."
+
+
+@pytest.mark.parametrize(
+  ("field", "bad", "expected"),
+  [
+    *((field, bad, "more than 0") for field in config_lib.POSITIVE for bad in (0.0, -1.0)),
+    *((field, bad, "in [0, 1)") for field in config_lib.FRACTIONS for bad in (1.0, -0.1)),
+    *((f, bad, "in (0, 1]") for f in ("sampling.top_p", "simulator.top_p") for bad in (0.0, 1.1)),
+  ],
+)
+def test_a_number_outside_its_range_is_named_with_it(field, bad, expected):
+  assert message(**{field: bad}).startswith(f"{field} is {bad}, expected ")
+  assert expected in message(**{field: bad})
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, "3", None])
+@pytest.mark.parametrize("field", ["optimizer.learning_rate", "steps", "sampling.top_p"])
+def test_what_is_no_finite_number_is_named(field, bad):
+  assert message(**{field: bad}) == f"{field} is {bad!r}, expected a finite number."
+
+
+@pytest.mark.parametrize("field", ["algorithm.epochs", "policy.dtype", "optimizer.b1"])
+def test_a_field_that_a_file_of_the_users_own_lacks_is_named(field):
+  config = grpo.get_config()
+  section, name = field.split(".")
+  del config[section][name]
+  with pytest.raises(UserError, match=f"^{field} is missing, expected"):
+    config_lib.validate(config)
+
+
+@pytest.mark.parametrize(
+  ("changes", "named"),
+  [
+    ({"training.microbatch": 3}, ("training.microbatch is 3", "divisor of the 16 dialogues")),
+    ({"dialogue.group_size": 5}, ("training.microbatch is 16", "divisor of the 20 dialogues")),
+    ({"sampling.slots": 17}, ("sampling.slots is 17", "at most the 16 dialogues")),
+    ({"sampling.extend_buckets": ()}, ("sampling.extend_buckets is ()", "positive integers")),
+    ({"sampling.extend_buckets": (64, 64)}, ("sampling.extend_buckets is (64, 64)", "ascend")),
+    ({"sampling.extend_buckets": (256, 64)}, ("sampling.extend_buckets is (256, 64)", "ascend")),
+    ({"sampling.extend_buckets": (0, 64)}, ("sampling.extend_buckets is (0, 64)", "positive")),
+    ({"sampling.extend_buckets": ("a", 64)}, ("sampling.extend_buckets is ('a', 64)", "integers")),
+    ({"dialogue.initial_emotion": 0}, ("dialogue.initial_emotion is 0", "failure_at (0)")),
+    ({"dialogue.initial_emotion": 100}, ("dialogue.initial_emotion is 100", "success_at (100)")),
+    (
+      {"simulator.score": "generate", "simulator.appraise": False},
+      ("simulator.appraise is False", "'generate'"),
+    ),
+  ],
+)
+def test_values_that_do_not_go_together_are_named(changes, named):
+  assert all(part in message(**changes) for part in named)
+
+
+def test_flatten_gives_dotted_names_and_what_json_keeps():
+  config = ConfigDict({"a": 1, "b": {"c": (64, 256), "d": {"e": "x"}}})
+  flat = config_lib.flatten(config)
+  assert flat == {"a": 1, "b.c": [64, 256], "b.d.e": "x"}
+  assert json.loads(json.dumps(flat)) == flat
+
+
+def other(value):
+  """A value of the same type that is another."""
+  if isinstance(value, bool):
+    return not value
+  if isinstance(value, list):
+    return [n + 1 for n in value]
+  return f"{value}-other" if isinstance(value, str) else value + 1
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_run_may_change_how_long_it_goes_on_and_what_it_keeps_and_nothing_else(field):
+  free = {"steps", "compilation_cache", "data.cache_dir"}
+  may_change = field in free or field.split(".")[0] in ("checkpoint", "log")
+  config = grpo.get_config()
+  old = config_lib.flatten(config)
+  new = old | {field: other(old[field])}
+  assert config_lib.difference(old, new) == (None if may_change else field)
+  assert config_lib.difference(old, dict(old)) is None
+  without = {name: value for name, value in old.items() if name != field}
+  assert config_lib.difference(old, without) == (None if may_change else field)
+  section = field.rpartition(".")[0]
+  node = config_lib.get(config, section) if section else config
+  before = config_lib.digest(config)
+  node[field.rpartition(".")[2]] = type(node[field.rpartition(".")[2]])(other(old[field]))
+  assert (config_lib.digest(config) == before) == may_change
+
+
+def test_the_first_difference_in_the_order_of_names_is_given():
+  assert config_lib.difference({"b": 1, "a": 1, "steps": 1}, {"b": 2, "a": 2, "steps": 2}) == "a"
+
+
+def test_a_section_that_only_begins_like_a_free_one_is_not_free():
+  assert config_lib.difference({"steps_more": 1}, {"steps_more": 2}) == "steps_more"
+  assert config_lib.difference({"logs.x": 1}, {"logs.x": 2}) == "logs.x"

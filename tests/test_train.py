@@ -1,0 +1,361 @@
+"""The loop as a whole: what a run leaves, that it can be stopped anywhere, and how it diverges."""
+
+import json
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+from ml_collections import ConfigDict
+
+from rlver_jax import build, config, train
+from rlver_jax.checkpoint import Checkpoints
+from rlver_jax.interrupt import Interrupted, Interrupts
+from rlver_jax.models import source, weights
+from rlver_jax.rl.update import TrainState
+
+# Of every run, whatever its simulator.
+METRICS = """
+compile/from_cache compile/programs compile/seconds dialogue/end_failure dialogue/end_goodbye
+dialogue/end_length dialogue/end_success dialogue/end_turns dialogue/turns_mean
+emotion/failure_rate emotion/final_max emotion/final_mean emotion/final_min emotion/success_rate
+emotion/turn_01 emotion/turn_02 format/failure_rate format/truncated_rate
+reward/groups_without_signal reward/mean reward/std rows/length rows/longest rows/trained_tokens
+sampler/policy_drawn sampler/policy_extended sampler/policy_prefilled sampler/policy_seconds
+sampler/policy_tokens_per_second seconds/prepare seconds/rollout seconds/step seconds/update
+seconds/write simulator/parse_failure_rate step tokens/per_second tokens/policy tokens/reply_mean
+tokens/simulator update/clip_fraction update/entropy update/gradient_norm update/kl_reference
+update/kl_sampler update/learning_rate update/loss update/policy_loss update/ratio update/skipped
+update/tokens_per_second
+""".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+  with runs.compilation_cache(tmp_path_factory.getbasetemp() / "xla"):
+    yield
+
+
+class StopAt(Interrupts):
+  """Is sent SIGTERM at the n-th time that the run asks whether it shall stop."""
+
+  def __init__(self, n: int):
+    super().__init__()
+    self.left = n
+
+  def check(self):
+    self.left -= 1
+    if self.left == 0:
+      signal.raise_signal(signal.SIGTERM)
+    super().check()
+
+
+def dialogues(workdir, step):
+  with open(workdir / "dialogues" / f"step_{step:06d}.jsonl", encoding="utf-8") as file:
+    return [json.loads(line) for line in file]
+
+
+def assert_same_run(workdir, other):
+  """Every reproducible metric is equal within 1e-6, and every dialogue to the byte."""
+  pairs = zip(runs.metrics(workdir), runs.metrics(other), strict=True)
+  for a, b in (map(runs.reproducible, pair) for pair in pairs):
+    assert a.keys() == b.keys()
+    for name in a:
+      assert a[name] == pytest.approx(b[name], rel=1e-6, abs=1e-6), (a["step"], name)
+  assert runs.dialogue_files(workdir) == runs.dialogue_files(other)
+
+
+def restored(workdir, settings: ConfigDict, step=None) -> TrainState:
+  """The state in a checkpoint of the run."""
+  sources = build.open_sources(settings)
+  model = source.load_model(sources.policy, sources.mesh, seed=0)
+  optimizer = build.make_optimizer(settings, build.make_schedule(settings))
+  state = TrainState(model, optimizer.init(model), jnp.int32(0))
+  return Checkpoints(str(workdir / "checkpoints"), keep=None).restore(state, step)
+
+
+@pytest.fixture(scope="module")
+def settings():
+  changes = {"steps": 4, "optimizer.warmup_fraction": 0.5, "optimizer.learning_rate": 0.01}
+  return runs.config(**changes, **{"checkpoint.every": 2, "checkpoint.keep": 1})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, settings):
+  """The folder of a finished run of four steps, and its summary."""
+  workdir = tmp_path_factory.mktemp("run")
+  return workdir, runs.play(settings, workdir)
+
+
+def test_every_step_has_every_metric(run):
+  records = runs.metrics(run[0])
+  assert [record["step"] for record in records] == [1, 2, 3, 4]
+  for record in records:
+    # The time of a checkpoint is known, and counted, one step later.
+    assert set(record) - {"seconds/checkpoint"} == set(METRICS)
+    assert all(isinstance(value, int | float) for value in record.values())
+
+
+def test_metrics_are_those_of_the_dialogues_that_were_kept(run):
+  workdir, _ = run
+  for record in runs.metrics(workdir):
+    kept = dialogues(workdir, record["step"])
+    assert len(kept) == 4
+    assert [d["group"] for d in kept] == [0, 0, 1, 1]
+    assert kept[0]["id"] == kept[1]["id"] != kept[2]["id"] == kept[3]["id"]
+    final = [d["emo_point"] for d in kept]
+    rewards = np.maximum(final, 0) / 100
+    assert record["emotion/final_mean"] == pytest.approx(np.mean(final))
+    assert (record["emotion/final_min"], record["emotion/final_max"]) == (min(final), max(final))
+    assert record["reward/mean"] == pytest.approx(rewards.mean())
+    assert record["reward/std"] == pytest.approx(rewards.std())
+    flat = [np.ptp(rewards[i : i + 2]) == 0 for i in (0, 2)]
+    assert record["reward/groups_without_signal"] == np.mean(flat)
+    for turn in (1, 2):
+      after = [d["history"][2 * turn]["emotion-point"] for d in kept]
+      assert record[f"emotion/turn_{turn:02d}"] == pytest.approx(np.mean(after))
+    assert record["tokens/policy"] == sum(d["tokens"]["policy"] for d in kept)
+    assert record["rows/trained_tokens"] == record["tokens/policy"]
+    assert record["sampler/policy_drawn"] == record["tokens/policy"]
+
+
+def test_the_first_update_starts_from_the_sampled_policy_and_follows_the_schedule(run):
+  records = runs.metrics(run[0])
+  np.testing.assert_allclose(
+    [record["update/learning_rate"] for record in records], [0.005, 0.01, 0.01, 0.01], rtol=1e-6
+  )
+  for record in records:
+    assert record["update/ratio"] == pytest.approx(1, abs=1e-4)
+    assert record["update/kl_sampler"] == pytest.approx(0, abs=1e-4)
+    assert record["update/clip_fraction"] == record["update/skipped"] == 0
+    assert record["update/kl_reference"] == 0
+
+
+def test_no_program_is_compiled_after_the_second_step(run):
+  programs = [r["compile/programs"] + r["compile/from_cache"] for r in runs.metrics(run[0])]
+  assert programs[1] > 0 and programs[1:] == programs[1:2] * 3
+
+
+def test_checkpoints_are_kept_as_asked_and_hold_what_was_trained(run, settings):
+  workdir, _ = run
+  kept = {int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()}
+  rewards = {r["step"]: r["reward/mean"] for r in runs.metrics(workdir)}
+  best = max((2, 4), key=lambda step: (rewards[step], step))
+  assert kept == {4, best}
+  state, metadata = restored(workdir, settings)
+  assert int(state.updates) == 4
+  assert metadata == {"step": 4, "nonfinite": 0, "config": config.digest(settings)}
+  sources = build.open_sources(settings)
+  first = source.load_model(sources.policy, sources.mesh, settings.seed + build.POLICY_WEIGHTS)
+  changes = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.model, first)
+  largest = max(jax.tree.leaves(changes))
+  # Adam moves a parameter by at most about the rate an update.
+  assert 0.005 < largest < 4 * 0.011
+
+
+def test_the_summary_is_written_and_returned(run):
+  workdir, summary = run
+  assert json.loads((workdir / "summary.json").read_text()) == summary
+  records = runs.metrics(workdir)
+  assert summary["steps"] == 4
+  assert summary["seconds"] == pytest.approx(sum(r["seconds/step"] for r in records))
+  assert summary["checkpoints"] == str(workdir / "checkpoints")
+
+
+def test_a_finished_run_is_left_alone_and_gets_the_summary_that_a_kill_took(run, settings, capsys):
+  workdir, summary = run
+  (workdir / "summary.json").unlink()
+  assert runs.play(settings, workdir) == summary
+  assert "has all its 4 steps" in capsys.readouterr().out
+  assert json.loads((workdir / "summary.json").read_text()) == summary
+
+
+@pytest.mark.parametrize("stops", [(2,), (5, 7)], ids=["in the first step", "twice"])
+def test_a_run_that_is_stopped_and_resumed_is_the_same_run(run, settings, tmp_path, stops, capsys):
+  last = 0
+  for n in stops:
+    with pytest.raises(Interrupted) as stop:
+      runs.play(settings, tmp_path, lambda n=n: StopAt(n))
+    assert stop.value.signum == signal.SIGTERM
+    saved = Checkpoints(str(tmp_path / "checkpoints"), keep=None).latest()
+    done = runs.metrics(tmp_path)
+    assert saved == (done[-1]["step"] if done else 0) >= last
+    last = saved
+  summary = runs.play(settings, tmp_path)
+  assert f"Going on after step {last}." in capsys.readouterr().out
+  assert summary["steps"] == 4
+  assert_same_run(tmp_path, run[0])
+  same = jax.tree.map(
+    np.array_equal, restored(tmp_path, settings)[0], restored(run[0], settings)[0]
+  )
+  assert all(jax.tree.leaves(same))
+
+
+def test_lines_and_dialogues_of_a_step_that_was_not_saved_are_made_again(run, settings, tmp_path):
+  """What a kill leaves: the step's files are there, its checkpoint is not."""
+  with pytest.raises(Interrupted):
+    runs.play(settings, tmp_path, lambda: StopAt(6))
+  saved = Checkpoints(str(tmp_path / "checkpoints"), keep=None).latest()
+  with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
+    file.write(f'{{"step": {saved + 1}, "reward/mean": 7.0}}\n{{"step": {saved + 2}, "rew')
+  (tmp_path / "dialogues" / f"step_{saved + 1:06d}.jsonl").write_text("{}\n")
+  runs.play(settings, tmp_path)
+  assert_same_run(tmp_path, run[0])
+
+
+def test_more_steps_go_on_from_the_last(run, settings, tmp_path):
+  shorter = runs.config(**config.flatten(settings) | {"steps": 2})
+  runs.play(shorter, tmp_path)
+  runs.play(runs.config(**config.flatten(settings) | {"steps": 3}), tmp_path)
+  assert [record["step"] for record in runs.metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_few_slots_give_the_same_dialogues(run, settings, tmp_path):
+  fewer = {"steps": 1, "sampling.slots": 3, "sampling.decode_steps": 5}
+  runs.play(runs.config(**config.flatten(settings) | fewer), tmp_path)
+  [(name, content)] = runs.dialogue_files(tmp_path).items()
+  assert content == runs.dialogue_files(run[0])[name]
+
+
+@pytest.fixture(scope="module")
+def model_run(tmp_path_factory):
+  """A run with a frozen model as user and a KL term; the fields of the configuration it read."""
+  workdir = tmp_path_factory.mktemp("model_run")
+  changes = {"steps": 4, "algorithm.kl_coef": 0.1, "optimizer.learning_rate": 0.003}
+  settings = runs.config(**runs.LANGUAGE_MODEL | changes)
+  names = {id(settings): ""}
+  names |= {id(settings[name]): f"{name}." for name in settings if not_plain(settings[name])}
+  read, getitem = set(), ConfigDict.__getitem__
+
+  def recorded(section, name):
+    if id(section) in names:
+      read.add(names[id(section)] + name)
+    return getitem(section, name)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(config, "digest", lambda _: "")  # reads everything, and uses nothing
+    patch.setattr(ConfigDict, "__getitem__", recorded)
+    runs.play(settings, workdir)
+  return workdir, settings, read
+
+
+def not_plain(value):
+  return isinstance(value, ConfigDict)
+
+
+def test_a_model_as_user_answers_and_is_counted(model_run):
+  workdir, *_ = model_run
+  for record in runs.metrics(workdir):
+    names = set(METRICS) | {
+      name.replace("policy", "simulator") for name in METRICS if "r/p" in name
+    }
+    assert set(record) - {"seconds/checkpoint"} == names
+    kept = dialogues(workdir, record["step"])
+    assert record["tokens/simulator"] == sum(d["tokens"]["simulator"] for d in kept)
+    assert record["sampler/simulator_drawn"] == record["tokens/simulator"] > 0
+    assert record["simulator/parse_failure_rate"] == 0  # `choice` always gives a change
+
+
+def test_the_kl_to_the_reference_starts_at_zero_and_grows(model_run):
+  first, *later = [record["update/kl_reference"] for record in runs.metrics(model_run[0])]
+  assert first == pytest.approx(0, abs=1e-6)
+  assert all(value > 1e-6 for value in later)
+
+
+def test_no_program_is_compiled_after_the_second_step_with_two_models(model_run):
+  programs = [r["compile/programs"] + r["compile/from_cache"] for r in runs.metrics(model_run[0])]
+  assert len(programs) == 4 and programs[1:] == programs[1:2] * 3
+
+
+def test_every_field_of_the_configuration_is_read_by_a_run(model_run):
+  _, settings, read = model_run
+  in_main = {"compilation_cache"}
+  assert set(config.flatten(settings)) - read == in_main
+
+
+def test_thinking_epochs_and_the_penalty(tmp_path):
+  changes = {
+    "dialogue.mode": "think",
+    "dialogue.malformed_penalty": 0.25,
+    "algorithm.epochs": 2,
+    "optimizer.schedule": "cosine",
+    "optimizer.learning_rate": 0.01,
+  }
+  settings = runs.config(**changes)
+  runs.play(settings, tmp_path)
+  records = runs.metrics(tmp_path)
+  for record in records:
+    kept = dialogues(tmp_path, record["step"])
+    replies = [[m for m in d["history"] if m["role"] == "assistant"] for d in kept]
+    assert all("thinking" in m for said in replies for m in said)
+    malformed = [np.mean([not m["well_formed"] for m in said]) for said in replies]
+    assert record["format/failure_rate"] == pytest.approx(np.mean(malformed)) > 0
+    rewards = [
+      max(d["emo_point"], 0) / 100 - 0.25 * share for d, share in zip(kept, malformed, strict=True)
+    ]
+    assert record["reward/mean"] == pytest.approx(np.mean(rewards))
+    # The second pass sees a policy that the first one has changed.
+    assert abs(record["update/kl_sampler"]) > 1e-5
+  # The cosine over 4 updates, at the last of each step.
+  expected = [0.005 * (1 + np.cos(np.pi * n / 4)) for n in (1, 3)]
+  np.testing.assert_allclose([r["update/learning_rate"] for r in records], expected, rtol=1e-5)
+  assert int(restored(tmp_path, settings)[0].updates) == 4
+
+
+def test_an_appraisal_without_a_change_falls_back_on_the_integers(tmp_path):
+  changes = {"steps": 1, "simulator.score": "generate", "dialogue.max_turns": 1}
+  runs.play(runs.config(**runs.LANGUAGE_MODEL | changes), tmp_path)
+  [record] = runs.metrics(tmp_path)
+  assert record["simulator/parse_failure_rate"] == 1  # random weights fill in no form
+  for kept in dialogues(tmp_path, 1):
+    planning = kept["history"][-1]["planning"]
+    assert planning["parsed"] is False and -10 <= planning["change"] <= 10
+    assert kept["emo_point"] == 30 + planning["change"]
+
+
+def test_bfloat16_products_over_float32_parameters(tmp_path):
+  changes = {"steps": 4, "policy.dtype": "bfloat16", "optimizer.moment_dtype": "bfloat16"}
+  settings = runs.config(**changes)
+  runs.play(settings, tmp_path)
+  records = runs.metrics(tmp_path)
+  state, _ = restored(tmp_path, settings)
+  assert {x.dtype for x in jax.tree.leaves(state.model)} == {jnp.dtype("float32")}
+  assert all(r["update/skipped"] == 0 and abs(r["update/kl_sampler"]) < 0.05 for r in records)
+  programs = [r["compile/programs"] + r["compile/from_cache"] for r in records]
+  assert programs[1:] == programs[1:2] * 3
+
+
+def poison(model):
+  """One parameter that is no number makes every log-probability none."""
+  model.norm[...] = model.norm[...].at[0].set(jnp.nan)
+
+
+def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(tmp_path):
+  path = runs.save_policy(tmp_path / "policy", poison)
+  settings = runs.config(
+    **{"steps": 5, "policy.path": str(path), "training.max_nonfinite": 2, "checkpoint.every": 5}
+  )
+  workdir = tmp_path / "run"
+  with pytest.raises(train.Diverged, match=r"^2 updates in a row .* saved as step 2\.$"):
+    runs.play(settings, workdir)
+  records = runs.metrics(workdir)
+  assert [record["step"] for record in records] == [1, 2]
+  assert all(r["update/skipped"] == 1 and r["update/loss"] is None for r in records)
+  state, metadata = restored(workdir, settings)
+  assert (int(state.updates), metadata["step"], metadata["nonfinite"]) == (0, 2, 2)
+  before = weights.load(path, state.model.config, build.open_sources(settings).mesh)
+  same = jax.tree.map(lambda a, b: np.array_equal(a, b, equal_nan=True), state.model, before)
+  assert all(jax.tree.leaves(same))
+  assert all(not np.any(x) for x in jax.tree.leaves(state.opt_state))
+  with pytest.raises(train.Diverged, match=r"^3 updates in a row .* step 3\.$"):
+    runs.play(settings, workdir)  # the count goes on where it was
+
+
+def test_a_rate_that_throws_the_policy_out_of_range_ends_the_run(tmp_path):
+  changes = {"steps": 6, "optimizer.learning_rate": 1e38, "training.max_nonfinite": 2}
+  with pytest.raises(train.Diverged):
+    runs.play(runs.config(**changes), tmp_path)
+  skipped = [record["update/skipped"] for record in runs.metrics(tmp_path)]
+  assert skipped[0] == 0 and skipped[-2:] == [1, 1] and sum(skipped) == 2

@@ -1,0 +1,67 @@
+"""The main job on real Qwen2.5-0.5B weights, as policy and as simulated user."""
+
+import json
+import pathlib
+import resource
+import subprocess
+import sys
+
+import pytest
+
+PUBLISHED = pathlib.Path(__file__).parents[2] / "shared/data/rlver/train_profile.jsonl"
+
+
+def run_steps(steps: int, workdir: pathlib.Path, qwen_path: pathlib.Path) -> str:
+  """Runs the job up to `steps` steps in a process of its own; returns what it printed."""
+  overrides = {
+    "steps": steps,
+    "policy.path": qwen_path,
+    "policy.dtype": "float32",
+    "simulator.path": qwen_path,
+    "simulator.dtype": "float32",
+    "simulator.max_plan_tokens": 48,
+    "simulator.max_message_tokens": 48,
+    "simulator.cache_length": 2560,
+    "data.path": PUBLISHED if PUBLISHED.exists() else "zh",
+    "dialogue.scenarios_per_step": 2,
+    "dialogue.max_turns": 2,
+    "sampling.max_new_tokens": 48,
+    "sampling.max_prompt_tokens": 256,
+    "sampling.max_response_tokens": 512,
+    "sampling.smallest_window": 768,
+    "training.microbatch": 8,
+    "training.smallest_row": 256,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 1,
+    "log.tensorboard": False,
+  }
+  flags = [f"--config.{field}={value}" for field, value in overrides.items()]
+  command = [sys.executable, "-m", "rlver_jax.main", "--config=configs/grpo.py:qwen2.5-0.5b"]
+  done = subprocess.run(
+    [*command, f"--workdir={workdir}", *flags], capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+@pytest.mark.qwen
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_two_steps_on_real_weights_with_a_resume_between(qwen_path, tmp_path):
+  run_steps(1, tmp_path / "run", qwen_path)
+  output = run_steps(2, tmp_path / "run", qwen_path)
+  peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # kB to GiB
+  print(f"\npeak memory {peak:.1f} GiB\n{output}")
+  assert "Going on after step 1." in output
+  assert peak < 16
+  metrics = [json.loads(line) for line in open(tmp_path / "run/metrics.jsonl", encoding="utf-8")]
+  assert [m["step"] for m in metrics] == [1, 2]
+  for m in metrics:
+    assert m["update/skipped"] == 0
+    # The sampler and the trainer see the same policy: their log-probabilities agree.
+    assert abs(m["update/kl_sampler"]) < 1e-4
+    assert m["update/clip_fraction"] == 0
+    assert m["tokens/policy"] > 0
+  records = [json.loads(line) for line in open(tmp_path / "run/dialogues/step_000002.jsonl")]
+  assert len(records) == 8
+  assert all(1 <= len(r["history"]) <= 5 for r in records)

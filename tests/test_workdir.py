@@ -1,0 +1,104 @@
+"""The folder of a run: made, recognised, refused."""
+
+import json
+import os
+
+import jax
+import pytest
+import runs
+
+from rlver_jax import config as config_lib
+from rlver_jax import workdir
+from rlver_jax.errors import UserError
+
+
+def refusal(path, config) -> str:
+  """What `claim` says, in one line."""
+  with pytest.raises(UserError) as raised:
+    workdir.claim(path, config)
+  assert "\n" not in str(raised.value)
+  return str(raised.value)
+
+
+def test_a_new_folder_gets_the_configuration_and_nothing_else(tmp_path):
+  config = runs.config()
+  folder = workdir.claim(str(tmp_path / "a" / "b"), config)
+  assert folder == tmp_path / "a" / "b"
+  assert [file.name for file in folder.iterdir()] == ["config.json"]
+  assert json.loads((folder / "config.json").read_text()) == config_lib.flatten(config)
+
+
+def test_a_home_folder_may_be_written_with_a_tilde(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert workdir.claim("~/run", runs.config()) == tmp_path / "run"
+
+
+def test_the_same_configuration_comes_back_and_free_fields_are_brought_up_to_date(tmp_path):
+  path = str(tmp_path / "run")
+  workdir.claim(path, runs.config(steps=2))
+  (tmp_path / "run" / "metrics.jsonl").write_text("")
+  later = runs.config(**{"steps": 9, "checkpoint.every": 3})
+  workdir.claim(path, later)
+  kept = json.loads((tmp_path / "run" / "config.json").read_text())
+  assert kept == config_lib.flatten(later)
+
+
+def test_another_configuration_is_refused_by_field_and_changes_nothing(tmp_path):
+  path = tmp_path / "run"
+  workdir.claim(str(path), runs.config())
+  before = (path / "config.json").read_bytes()
+  text = refusal(str(path), runs.config(**{"steps": 9, "algorithm.clip_low": 0.3}))
+  assert text == (
+    f"workdir {path} belongs to a run with algorithm.clip_low = 0.2, found 0.3, expected the same "
+    "configuration or another --workdir."
+  )
+  assert (path / "config.json").read_bytes() == before
+
+
+def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path):
+  (tmp_path / "thesis.tex").write_text("x")
+  assert "holds files but no config.json" in refusal(str(tmp_path), runs.config())
+  assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_what_a_kill_left_of_writing_the_configuration_is_no_obstacle(tmp_path):
+  (tmp_path / ".config.json.tmp").write_text("{")
+  workdir.claim(str(tmp_path), runs.config())
+  assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("below", ["", "sub", "sub/sub"])
+def test_a_file_in_the_way_is_named(tmp_path, below):
+  (tmp_path / "file").write_text("x")
+  path = tmp_path / "file" / below
+  text = refusal(str(path), runs.config())
+  assert text.startswith(f"workdir {path} cannot be used (")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b"3", b"\xff\xfe{}"])
+def test_a_broken_config_json_is_named(tmp_path, content):
+  (tmp_path / "config.json").write_bytes(content)
+  assert refusal(str(tmp_path), runs.config()).startswith(
+    f"{tmp_path}/config.json is not a JSON object ("
+  )
+  assert (tmp_path / "config.json").read_bytes() == content
+
+
+def test_of_several_processes_only_the_first_one_writes(tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  assert workdir.claim(str(tmp_path / "run"), runs.config()) == tmp_path / "run"
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_json_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+  file = tmp_path / "a.json"
+  workdir.write_json(file, {"b": [1], "a": "ä"})
+  assert json.loads(file.read_text(encoding="utf-8")) == {"a": "ä", "b": [1]}
+
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(os, "fsync", full)
+  with pytest.raises(OSError, match="No space left"):
+    workdir.write_json(file, {"a": 2})
+  assert json.loads(file.read_text(encoding="utf-8")) == {"a": "ä", "b": [1]}
