@@ -117,19 +117,15 @@ def dialogue_files(workdir: pathlib.Path) -> dict[str, bytes]:
   return {file.name: file.read_bytes() for file in sorted((workdir / "dialogues").iterdir())}
 
 
-def save_policy(directory: pathlib.Path, change=None, **sizes: Any) -> pathlib.Path:
+def save_model(directory: pathlib.Path, change=lambda model: None) -> pathlib.Path:
   """Writes the embedded model with weights of its own as a Hugging Face directory.
 
-  `change` is called with the model first; `sizes` replaces fields of its configuration.
+  `change` is called with the model first.
   """
   opened = source.open_source("tiny", "policy.path", dtype="float32", param_dtype="float32")
   model = source.load_model(opened, make_mesh(1, -1, 1), seed=5)
-  if change is not None:
-    change(model)
+  change(model)
   weights.save(model, directory, source=opened.directory, dtype="float32")
-  if sizes:
-    file = directory / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | sizes))
   return directory
 
 

@@ -32,10 +32,11 @@ def test_groups_are_neighbours_and_do_not_mix():
   np.testing.assert_allclose(advantages, [-1, 1, -1, 1], atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("scale", [True, False])
-def test_equal_rewards_give_exact_zeros_at_every_level_and_group_size(scale):
+def test_equal_rewards_give_exact_zeros_at_every_level_and_group_size(scale, dtype):
   for group_size in range(2, 17):
-    levels = np.repeat(np.arange(101, dtype=np.float32) / 100, group_size)
+    levels = np.repeat(np.arange(101, dtype=dtype) / 100, group_size)
     np.testing.assert_array_equal(group_relative(levels, group_size, scale=scale), 0.0)
 
 

@@ -17,19 +17,25 @@ from rlver_jax.models import source, weights
 from rlver_jax.rl.update import TrainState
 
 # Of every run, whatever its simulator.
-METRICS = """
-compile/from_cache compile/programs compile/seconds dialogue/end_failure dialogue/end_goodbye
-dialogue/end_length dialogue/end_success dialogue/end_turns dialogue/turns_mean
-emotion/failure_rate emotion/final_max emotion/final_mean emotion/final_min emotion/success_rate
-emotion/turn_01 emotion/turn_02 format/failure_rate format/truncated_rate
-reward/groups_without_signal reward/mean reward/std rows/length rows/longest rows/trained_tokens
-sampler/policy_drawn sampler/policy_extended sampler/policy_prefilled sampler/policy_seconds
-sampler/policy_tokens_per_second seconds/prepare seconds/rollout seconds/step seconds/update
-seconds/write simulator/parse_failure_rate step tokens/per_second tokens/policy tokens/reply_mean
-tokens/simulator update/clip_fraction update/entropy update/gradient_norm update/kl_reference
-update/kl_sampler update/learning_rate update/loss update/policy_loss update/ratio update/skipped
-update/tokens_per_second
-""".split()
+METRICS = {
+  "compile": "from_cache programs seconds",
+  "dialogue": "end_failure end_goodbye end_length end_success end_turns turns_mean",
+  "emotion": "failure_rate final_max final_mean final_min success_rate turn_01 turn_02",
+  "format": "failure_rate truncated_rate",
+  "reward": "groups_without_signal mean std",
+  "rows": "length longest trained_tokens",
+  "sampler": "policy_drawn policy_extended policy_prefilled policy_seconds"
+  " policy_tokens_per_second",
+  "seconds": "prepare rollout step update write",
+  "simulator": "parse_failure_rate",
+  "tokens": "per_second policy reply_mean simulator",
+  "update": "clip_fraction entropy gradient_norm kl_reference kl_sampler learning_rate loss"
+  " policy_loss ratio skipped tokens_per_second",
+}
+NAMES = {f"{group}/{name}" for group, names in METRICS.items() for name in names.split()} | {"step"}
+SIMULATOR_NAMES = {
+  f"sampler/{n}" for n in METRICS["sampler"].replace("policy", "simulator").split()
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,7 +100,7 @@ def test_every_step_has_every_metric(run):
   assert [record["step"] for record in records] == [1, 2, 3, 4]
   for record in records:
     # The time of a checkpoint is known, and counted, one step later.
-    assert set(record) - {"seconds/checkpoint"} == set(METRICS)
+    assert set(record) - {"seconds/checkpoint"} == NAMES
     assert all(isinstance(value, int | float) for value in record.values())
 
 
@@ -174,23 +180,25 @@ def test_a_finished_run_is_left_alone_and_gets_the_summary_that_a_kill_took(run,
 
 @pytest.mark.parametrize("stops", [(2,), (5, 7)], ids=["in the first step", "twice"])
 def test_a_run_that_is_stopped_and_resumed_is_the_same_run(run, settings, tmp_path, stops, capsys):
+  check_resumed(run[0], settings, tmp_path, stops)
+  assert "Going on after step" in capsys.readouterr().out
+
+
+def check_resumed(finished, settings, workdir, stops):
+  """Stops the run at each of these of its questions whether it shall, then lets it finish."""
   last = 0
   for n in stops:
     with pytest.raises(Interrupted) as stop:
-      runs.play(settings, tmp_path, lambda n=n: StopAt(n))
+      runs.play(settings, workdir, lambda n=n: StopAt(n))
     assert stop.value.signum == signal.SIGTERM
-    saved = Checkpoints(str(tmp_path / "checkpoints"), keep=None).latest()
-    done = runs.metrics(tmp_path)
+    saved = Checkpoints(str(workdir / "checkpoints"), keep=None).latest()
+    done = runs.metrics(workdir)
     assert saved == (done[-1]["step"] if done else 0) >= last
     last = saved
-  summary = runs.play(settings, tmp_path)
-  assert f"Going on after step {last}." in capsys.readouterr().out
-  assert summary["steps"] == 4
-  assert_same_run(tmp_path, run[0])
-  same = jax.tree.map(
-    np.array_equal, restored(tmp_path, settings)[0], restored(run[0], settings)[0]
-  )
-  assert all(jax.tree.leaves(same))
+  assert runs.play(settings, workdir)["steps"] == settings.steps
+  assert_same_run(workdir, finished)
+  states = [restored(folder, settings)[0] for folder in (workdir, finished)]
+  assert all(jax.tree.leaves(jax.tree.map(np.array_equal, *states)))
 
 
 def test_lines_and_dialogues_of_a_step_that_was_not_saved_are_made_again(run, settings, tmp_path):
@@ -222,11 +230,13 @@ def test_few_slots_give_the_same_dialogues(run, settings, tmp_path):
 @pytest.fixture(scope="module")
 def model_run(tmp_path_factory):
   """A run with a frozen model as user and a KL term; the fields of the configuration it read."""
-  workdir = tmp_path_factory.mktemp("model_run")
+  folder = tmp_path_factory.mktemp("model_run")
+  workdir = folder / "run"
   changes = {"steps": 4, "algorithm.kl_coef": 0.1, "optimizer.learning_rate": 0.003}
+  changes["simulator.path"] = str(runs.save_model(folder / "moody", make_moody))
   settings = runs.config(**runs.LANGUAGE_MODEL | changes)
   names = {id(settings): ""}
-  names |= {id(settings[name]): f"{name}." for name in settings if not_plain(settings[name])}
+  names |= {id(settings[s]): f"{s}." for s in settings if isinstance(settings[s], ConfigDict)}
   read, getitem = set(), ConfigDict.__getitem__
 
   def recorded(section, name):
@@ -241,21 +251,28 @@ def model_run(tmp_path_factory):
   return workdir, settings, read
 
 
-def not_plain(value):
-  return isinstance(value, ConfigDict)
+def make_moody(model):
+  """Lets the context decide what random weights answer."""
+  model.layers.o[...] *= 20
+  model.layers.down[...] *= 20
 
 
 def test_a_model_as_user_answers_and_is_counted(model_run):
   workdir, *_ = model_run
   for record in runs.metrics(workdir):
-    names = set(METRICS) | {
-      name.replace("policy", "simulator") for name in METRICS if "r/p" in name
-    }
-    assert set(record) - {"seconds/checkpoint"} == names
+    assert set(record) - {"seconds/checkpoint"} == NAMES | SIMULATOR_NAMES
     kept = dialogues(workdir, record["step"])
     assert record["tokens/simulator"] == sum(d["tokens"]["simulator"] for d in kept)
     assert record["sampler/simulator_drawn"] == record["tokens/simulator"] > 0
     assert record["simulator/parse_failure_rate"] == 0  # `choice` always gives a change
+
+
+def test_replies_to_a_model_are_rewarded_differently(model_run):
+  stds = [record["reward/std"] for record in runs.metrics(model_run[0])]
+  losses = [record["update/policy_loss"] for record in runs.metrics(model_run[0])]
+  assert max(stds) > 0.01
+  assert any(record["reward/groups_without_signal"] < 1 for record in runs.metrics(model_run[0]))
+  print(stds, losses)
 
 
 def test_the_kl_to_the_reference_starts_at_zero_and_grows(model_run):
@@ -291,7 +308,8 @@ def test_thinking_epochs_and_the_penalty(tmp_path):
     replies = [[m for m in d["history"] if m["role"] == "assistant"] for d in kept]
     assert all("thinking" in m for said in replies for m in said)
     malformed = [np.mean([not m["well_formed"] for m in said]) for said in replies]
-    assert record["format/failure_rate"] == pytest.approx(np.mean(malformed)) > 0
+    assert record["format/failure_rate"] == pytest.approx(np.mean(malformed))
+    assert record["format/failure_rate"] > 0
     rewards = [
       max(d["emo_point"], 0) / 100 - 0.25 * share for d, share in zip(kept, malformed, strict=True)
     ]
@@ -333,7 +351,7 @@ def poison(model):
 
 
 def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(tmp_path):
-  path = runs.save_policy(tmp_path / "policy", poison)
+  path = runs.save_model(tmp_path / "policy", poison)
   settings = runs.config(
     **{"steps": 5, "policy.path": str(path), "training.max_nonfinite": 2, "checkpoint.every": 5}
   )

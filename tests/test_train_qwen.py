@@ -44,6 +44,10 @@ def run_steps(steps: int, workdir: pathlib.Path, qwen_path: pathlib.Path) -> str
   return done.stdout
 
 
+def read_lines(path: pathlib.Path) -> list[dict]:
+  return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
 @pytest.mark.qwen
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
@@ -54,7 +58,7 @@ def test_two_steps_on_real_weights_with_a_resume_between(qwen_path, tmp_path):
   print(f"\npeak memory {peak:.1f} GiB\n{output}")
   assert "Going on after step 1." in output
   assert peak < 16
-  metrics = [json.loads(line) for line in open(tmp_path / "run/metrics.jsonl", encoding="utf-8")]
+  metrics = read_lines(tmp_path / "run/metrics.jsonl")
   assert [m["step"] for m in metrics] == [1, 2]
   for m in metrics:
     assert m["update/skipped"] == 0
@@ -62,6 +66,6 @@ def test_two_steps_on_real_weights_with_a_resume_between(qwen_path, tmp_path):
     assert abs(m["update/kl_sampler"]) < 1e-4
     assert m["update/clip_fraction"] == 0
     assert m["tokens/policy"] > 0
-  records = [json.loads(line) for line in open(tmp_path / "run/dialogues/step_000002.jsonl")]
+  records = read_lines(tmp_path / "run/dialogues/step_000002.jsonl")
   assert len(records) == 8
   assert all(1 <= len(r["history"]) <= 5 for r in records)
