@@ -252,9 +252,8 @@ def model_run(tmp_path_factory):
 
 
 def make_moody(model):
-  """Lets the context decide what random weights answer."""
-  model.layers.o[...] *= 20
-  model.layers.down[...] *= 20
+  """Sharpens attention, so that a few words of a reply decide what random weights answer."""
+  model.layers.q[...] *= 10
 
 
 def test_a_model_as_user_answers_and_is_counted(model_run):
@@ -268,11 +267,9 @@ def test_a_model_as_user_answers_and_is_counted(model_run):
 
 
 def test_replies_to_a_model_are_rewarded_differently(model_run):
-  stds = [record["reward/std"] for record in runs.metrics(model_run[0])]
-  losses = [record["update/policy_loss"] for record in runs.metrics(model_run[0])]
-  assert max(stds) > 0.01
-  assert any(record["reward/groups_without_signal"] < 1 for record in runs.metrics(model_run[0]))
-  print(stds, losses)
+  records = runs.metrics(model_run[0])
+  assert any(record["reward/groups_without_signal"] < 1 for record in records)
+  assert max(record["update/gradient_norm"] for record in records) > 0.01
 
 
 def test_the_kl_to_the_reference_starts_at_zero_and_grows(model_run):

@@ -28,8 +28,8 @@ def grouped_scores(q_BTHK: jax.Array, k_BSGK: jax.Array) -> jax.Array:
 def tree_attention(branch_BT: jax.Array, query_block: int = 512) -> Attention:
   """Attention for rows whose tokens belong to the branches `branch_BT` (int32; see module).
 
-  Queries are processed in blocks of `query_block`, each recomputed in the backward pass, so
-  that no [T, T] array is alive for a row longer than a block.
+  Queries are processed in equal blocks of at most `query_block`, each recomputed in the backward
+  pass, so that no [T, T] array is alive for a row longer than a block.
   """
   T = branch_BT.shape[1]
   order_T = jnp.arange(T)
@@ -52,12 +52,13 @@ def tree_attention(branch_BT: jax.Array, query_block: int = 512) -> Attention:
     if T <= query_block:
       return block(q_BTHK, k_BTGK, v_BTGK, branch_BT, order_T), state
     n = -(-T // query_block)
+    size = -(-T // n)
 
-    def split(x):  # [B, T, ...] -> [n, B, query_block, ...], the last block padded with zeros
-      x = jnp.pad(x, ((0, 0), (0, n * query_block - T), *((0, 0),) * (x.ndim - 2)))
-      return jnp.moveaxis(x.reshape(x.shape[0], n, query_block, *x.shape[2:]), 1, 0)
+    def split(x):  # [B, T, ...] -> [n, B, size, ...], the last block filled up with zeros
+      x = jnp.pad(x, ((0, 0), (0, n * size - T), *((0, 0),) * (x.ndim - 2)))
+      return jnp.moveaxis(x.reshape(x.shape[0], n, size, *x.shape[2:]), 1, 0)
 
-    blocks = (split(q_BTHK), split(branch_BT), jnp.arange(n * query_block).reshape(n, query_block))
+    blocks = (split(q_BTHK), split(branch_BT), jnp.arange(n * size).reshape(n, size))
     one = jax.checkpoint(lambda b: block(b[0], k_BTGK, v_BTGK, b[1], b[2]))
     out_BTHK = jnp.moveaxis(jax.lax.map(one, blocks), 0, 1).reshape(
       len(q_BTHK), -1, *q_BTHK.shape[2:]
