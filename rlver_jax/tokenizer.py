@@ -9,9 +9,13 @@ once, when it is read from the template, that the pieces give what the template 
 import bisect
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+# That PyTorch is missing, which transformers would say on stderr, is as it should be.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import tokenizers
 import transformers

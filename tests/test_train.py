@@ -201,6 +201,7 @@ def check_resumed(finished, settings, workdir, stops):
   assert all(jax.tree.leaves(jax.tree.map(np.array_equal, *states)))
 
 
+@pytest.mark.slow
 def test_lines_and_dialogues_of_a_step_that_was_not_saved_are_made_again(run, settings, tmp_path):
   """What a kill leaves: the step's files are there, its checkpoint is not."""
   with pytest.raises(Interrupted):
@@ -213,6 +214,7 @@ def test_lines_and_dialogues_of_a_step_that_was_not_saved_are_made_again(run, se
   assert_same_run(tmp_path, run[0])
 
 
+@pytest.mark.slow
 def test_more_steps_go_on_from_the_last(run, settings, tmp_path):
   shorter = runs.config(**config.flatten(settings) | {"steps": 2})
   runs.play(shorter, tmp_path)
@@ -220,6 +222,7 @@ def test_more_steps_go_on_from_the_last(run, settings, tmp_path):
   assert [record["step"] for record in runs.metrics(tmp_path)] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_few_slots_give_the_same_dialogues(run, settings, tmp_path):
   fewer = {"steps": 1, "sampling.slots": 3, "sampling.decode_steps": 5}
   runs.play(runs.config(**config.flatten(settings) | fewer), tmp_path)
@@ -272,6 +275,11 @@ def test_replies_to_a_model_are_rewarded_differently(model_run):
   assert max(record["update/gradient_norm"] for record in records) > 0.01
 
 
+def test_a_run_with_two_models_that_is_stopped_and_resumed_is_the_same_run(model_run, tmp_path):
+  workdir, settings, _ = model_run
+  check_resumed(workdir, settings, tmp_path, stops=(9,))
+
+
 def test_the_kl_to_the_reference_starts_at_zero_and_grows(model_run):
   first, *later = [record["update/kl_reference"] for record in runs.metrics(model_run[0])]
   assert first == pytest.approx(0, abs=1e-6)
@@ -319,6 +327,7 @@ def test_thinking_epochs_and_the_penalty(tmp_path):
   assert int(restored(tmp_path, settings)[0].updates) == 4
 
 
+@pytest.mark.slow
 def test_an_appraisal_without_a_change_falls_back_on_the_integers(tmp_path):
   changes = {"steps": 1, "simulator.score": "generate", "dialogue.max_turns": 1}
   runs.play(runs.config(**runs.LANGUAGE_MODEL | changes), tmp_path)
@@ -330,6 +339,7 @@ def test_an_appraisal_without_a_change_falls_back_on_the_integers(tmp_path):
     assert kept["emo_point"] == 30 + planning["change"]
 
 
+@pytest.mark.slow
 def test_bfloat16_products_over_float32_parameters(tmp_path):
   changes = {"steps": 4, "policy.dtype": "bfloat16", "optimizer.moment_dtype": "bfloat16"}
   settings = runs.config(**changes)
@@ -368,6 +378,7 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(tmp_pat
     runs.play(settings, workdir)  # the count goes on where it was
 
 
+@pytest.mark.slow
 def test_a_rate_that_throws_the_policy_out_of_range_ends_the_run(tmp_path):
   changes = {"steps": 6, "optimizer.learning_rate": 1e38, "training.max_nonfinite": 2}
   with pytest.raises(train.Diverged):
