@@ -173,11 +173,12 @@ def _rank(metrics: dict[str, float]) -> float:
 
 
 def _quiet_orbax(record: standard_logging.LogRecord) -> bool:
-  """Keeps Orbax's INFO lines, and tracebacks of what it raises anyway, to verbosity DEBUG."""
+  """Keeps Orbax's INFO lines, that a directory is read only, and tracebacks of what it raises
+  anyway to verbosity DEBUG."""
   if logging.level_debug() or "orbax" not in pathlib.Path(record.pathname).parts:
     return True
   record.exc_info = None
-  return record.levelno >= standard_logging.WARNING
+  return record.levelno >= standard_logging.WARNING and "read only" not in str(record.msg)
 
 
 def _named(tree: Any, is_leaf=lambda x: isinstance(x, nnx.Variable)) -> _Leaves:

@@ -7,6 +7,12 @@ from absl import app, flags, logging
 
 from rlver_jax.errors import UserError
 
+WORKDIR = flags.DEFINE_string(
+  "workdir",
+  None,
+  "Folder of the run; to train, by default runs/ and the config's and preset's name.",
+)
+
 
 def run(
   main: Callable[[list[str]], int | None],

@@ -14,7 +14,6 @@ from absl import flags
 from rlver_jax import cli
 from rlver_jax.errors import UserError
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 OUT = flags.DEFINE_string("out", None, "Directory to write.")
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; by default the newest.")
 BEST = flags.DEFINE_bool("best", False, "Take the checkpoint with the highest reward.")
@@ -23,12 +22,13 @@ DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the 
 
 def main(argv: list[str]) -> None:
   del argv
-  if not WORKDIR.value or not OUT.value:
+  workdir = cli.WORKDIR.value
+  if not workdir or not OUT.value:
     raise UserError("--workdir or --out is missing, expected the run's folder and where to write.")
   if BEST.value and STEP.value is not None:
     raise UserError(f"--best is given with --step={STEP.value}, expected one of them.")
   out = pathlib.Path(OUT.value).expanduser()
-  step = export(pathlib.Path(WORKDIR.value).expanduser(), out, STEP.value, BEST.value, DTYPE.value)
+  step = export(pathlib.Path(workdir).expanduser(), out, STEP.value, BEST.value, DTYPE.value)
   print(f"Wrote the policy of step {step} to {out}.")
 
 

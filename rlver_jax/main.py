@@ -26,9 +26,6 @@ CONFIG = config_flags.DEFINE_config_file(
   "Config file with an optional preset, as in configs/grpo.py:tiny.",
   lock_config=True,
 )
-WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of the run; by default runs/ and the names of config and preset."
-)
 DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
   None,
@@ -56,7 +53,7 @@ def main(argv: list[str]) -> int:
   from rlver_jax.interrupt import Interrupted, Interrupts
 
   sources = build.open_sources(config)
-  folder = workdir.claim(WORKDIR.value or default_workdir(), config)
+  folder = workdir.claim(cli.WORKDIR.value or default_workdir(), config)
   if jax.process_index() == 0:
     print(
       f"{jax.device_count()} {jax.devices()[0].platform} device(s), workdir {folder}", flush=True

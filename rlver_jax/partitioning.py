@@ -18,6 +18,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 RULES = {
   "batch": ("data", "fsdp"),  # rows of a batch, slots of a cache
+  "data_rows": ("data",),  # rows while the fsdp axis cuts another dimension
   "vocab": ("tensor",),
   # The vocabulary projection of log-probabilities: the whole mesh, and a step on the way there.
   "vocab_spread": ("tensor", "fsdp", "data"),

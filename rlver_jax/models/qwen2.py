@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from rlver_jax.partitioning import constrain
+
 REMAT_POLICIES = {
   "none": None,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -129,7 +131,10 @@ class Qwen2(nnx.Module):
     updates it in place. Returns (hidden_BTD after the last norm, state).
     """
     c = self.config
-    x_BTD = self.embed[...][tokens_BT].astype(c.dtype)
+    # Each device looks up its part of the width for all rows of its `data` group, and then rows
+    # take the place of the width. Left to itself XLA holds every row of the batch for this.
+    x_BTD = constrain(self.embed[...][tokens_BT].astype(c.dtype), "data_rows", "length", "embed")
+    x_BTD = constrain(x_BTD, "batch", "length", "whole")
     rope = rotation(positions_BT, c.head_dim, c.rope_theta)
 
     def step(carry, layer):

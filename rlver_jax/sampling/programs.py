@@ -85,9 +85,17 @@ def extend(
 
 def install(cache: Cache, prefixes: Cache, source_B: jax.Array) -> Cache:
   """Copies row `source_B[b]` of `prefixes` into row b of the cache; -1 leaves the row alone."""
-  chosen = (source_B >= 0)[None, :, None, None, None]
+  chosen_B = (source_B >= 0)[:, None, None, None]
   row_B = jnp.maximum(source_B, 0)
-  return jax.tree.map(lambda c, p: jnp.where(chosen, p[:, row_B], c), cache, prefixes)
+
+  def layer(i, cache):
+    # On a mesh every device sees all rows of what it copies from: one layer at a time.
+    def copy(c, p):
+      return c.at[i].set(jnp.where(chosen_B, p[i][row_B], c[i]))
+
+    return jax.tree.map(copy, cache, prefixes)
+
+  return jax.lax.fori_loop(0, cache.k.shape[0], layer, cache)
 
 
 class Drawn(NamedTuple):
