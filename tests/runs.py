@@ -10,19 +10,24 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache as compilation_cache_lib
 from ml_collections import ConfigDict
 
 from configs import grpo
 from rlver_jax import build, interrupt, train
+from rlver_jax.checkpoint import Checkpoints
 from rlver_jax.models import source, weights
 from rlver_jax.partitioning import make_mesh
+from rlver_jax.rl.update import TrainState
+from rlver_jax.workdir import claim
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
-# One attention window, one bucket and one row length: few programs to compile.
+# One attention window, one bucket and one row length: few programs to compile. (The schedule is
+# part of the update's program.)
 SMALL = {
-  "steps": 2,
+  "steps": 4,
   "simulator.kind": "scripted",
   "dialogue.scenarios_per_step": 2,
   "dialogue.group_size": 2,
@@ -33,6 +38,8 @@ SMALL = {
   "sampling.decode_steps": 8,
   "sampling.smallest_window": 1024,
   "sampling.extend_buckets": (128,),
+  "optimizer.learning_rate": 0.01,
+  "optimizer.warmup_fraction": 0.5,
   "training.microbatch": 2,
   "training.smallest_row": 1024,
   "training.logprob_chunk": 64,
@@ -63,9 +70,9 @@ def play(
   config: ConfigDict, workdir: pathlib.Path, interrupts=interrupt.Interrupts
 ) -> dict[str, Any]:
   """A run in this process, from the configuration's files to the summary."""
-  workdir.mkdir(parents=True, exist_ok=True)
   with signals_restored():
-    return train.train(config, build.open_sources(config), workdir, interrupts())
+    sources = build.open_sources(config)
+    return train.train(config, sources, claim(str(workdir), config), interrupts())
 
 
 @contextlib.contextmanager
@@ -115,6 +122,17 @@ def reproducible(record: dict[str, Any]) -> dict[str, Any]:
 def dialogue_files(workdir: pathlib.Path) -> dict[str, bytes]:
   """The files of dialogues with their content."""
   return {file.name: file.read_bytes() for file in sorted((workdir / "dialogues").iterdir())}
+
+
+def restored(
+  workdir: pathlib.Path, config: ConfigDict, step: int | None = None
+) -> tuple[TrainState, dict]:
+  """The whole state in a checkpoint of the run, the newest by default, and its metadata."""
+  sources = build.open_sources(config)
+  model = weights.abstract_model(sources.policy.config)
+  optimizer = build.make_optimizer(config, build.make_schedule(config))
+  state = jax.eval_shape(lambda m: TrainState(m, optimizer.init(m), jnp.int32(0)), model)
+  return Checkpoints(str(workdir / "checkpoints"), keep=None).restore(state, step)
 
 
 def save_model(directory: pathlib.Path, change=lambda model: None) -> pathlib.Path:

@@ -72,7 +72,7 @@ def test_several_hosts_stop_together_for_a_signal_to_any_of_them(monkeypatch, ot
   assert stop.value.signum == 15
 
 
-STEPS = 4
+STEPS = 6
 
 
 class Process:
@@ -174,8 +174,8 @@ def test_a_stopped_run_saves_its_last_step_and_goes_on(
 @pytest.mark.timeout(600)
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path, cache, finished):
   process = Process(tmp_path, cache)
-  process.wait_for("step 2/")
-  time.sleep(random.random())
+  process.wait_for("step 1/")
+  time.sleep(random.uniform(0, 0.5))
   process.process.kill()
   assert process.end()[0] == -signal.SIGKILL
   lines = assert_goes_on_to_the_same_end(tmp_path, cache, finished)
