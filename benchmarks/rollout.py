@@ -13,7 +13,8 @@ import numpy as np
 
 from benchmarks import peer
 from rlver_jax import partitioning
-from rlver_jax.sampling.engine import Engine, EngineSettings, Request
+from rlver_jax.sampling.engine import Engine
+from rlver_jax.sampling.requests import EngineSettings, Request
 from rlver_jax.sampling.sampler import Sampling
 
 

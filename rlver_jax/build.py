@@ -25,7 +25,8 @@ from rlver_jax.models import source as model_source
 from rlver_jax.models.qwen2 import Qwen2
 from rlver_jax.models.source import ModelSource
 from rlver_jax.rl.update import TrainState, Updater, UpdateSettings, sampling_copy
-from rlver_jax.sampling.engine import Engine, EngineSettings
+from rlver_jax.sampling.engine import Engine
+from rlver_jax.sampling.requests import EngineSettings
 from rlver_jax.sampling.sampler import Sampling
 
 # Added to the run's seed for the weights of embedded models, so that they differ.

@@ -22,7 +22,8 @@ from rlver_jax.dialogue.simulators import language_model
 from rlver_jax.models import weights
 from rlver_jax.models.attention import tree_attention
 from rlver_jax.models.qwen2 import Qwen2, Qwen2Config
-from rlver_jax.sampling.engine import Engine, EngineSettings
+from rlver_jax.sampling.engine import Engine
+from rlver_jax.sampling.requests import EngineSettings
 from rlver_jax.sampling.sampler import Sampling
 
 # Tokens that a model may sample, in the byte-level alphabet (Ċ is a line break, Ġ a space, ä the

@@ -7,7 +7,8 @@ import pytest
 
 from rlver_jax.metrics import CompileCounter
 from rlver_jax.sampling import programs
-from rlver_jax.sampling.engine import Engine, EngineSettings, Request
+from rlver_jax.sampling.engine import Engine
+from rlver_jax.sampling.requests import EngineSettings, Request
 from rlver_jax.sampling.sampler import Sampling
 
 VOCABULARY, STOPS, TEMPERATURE = 61, (7, 11), 0.8

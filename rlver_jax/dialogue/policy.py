@@ -8,7 +8,8 @@ import dataclasses
 
 from rlver_jax.dialogue.dialogue import Answer, Dialogue, NoRoom, PolicyReply, Segment
 from rlver_jax.dialogue.templates import Templates
-from rlver_jax.sampling.engine import Engine, Request, Sample
+from rlver_jax.sampling.engine import Engine
+from rlver_jax.sampling.requests import Request, Sample
 from rlver_jax.tokenizer import Tokenizer
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"

@@ -13,11 +13,10 @@ here depends only on ids and on results, which are replicated.
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import functools
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,55 +26,8 @@ from jax.sharding import Mesh
 from rlver_jax import partitioning
 from rlver_jax.models.qwen2 import Qwen2
 from rlver_jax.sampling import programs
+from rlver_jax.sampling.requests import EngineSettings, EngineStats, Request, Sample, common_length
 from rlver_jax.sampling.sampler import Sampling
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineSettings:
-  """Sizes of an engine.
-
-  windows: ascending attention windows; the last is the cache length of a slot.
-  extend_buckets: ascending numbers of tokens read at a time.
-  decode_steps: at most this many tokens are drawn before the host looks again.
-  """
-
-  slots: int
-  windows: tuple[int, ...]
-  extend_buckets: tuple[int, ...]
-  decode_steps: int
-
-  @property
-  def cache_length(self) -> int:
-    return self.windows[-1]
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-  """Ids the slot must hold, the numbers of its key (with the seed in front), most new tokens."""
-
-  ids: tuple[int, ...]
-  numbers: tuple[int, int, int, int]  # step, dialogue, turn, call
-  max_new_tokens: int
-
-
-@dataclasses.dataclass
-class Sample:
-  """Ids drawn for a request, their log-probabilities, and whether a stop id ended them."""
-
-  ids: list[int]
-  logprobs: list[float]
-  stopped: bool = False
-
-
-@dataclasses.dataclass
-class EngineStats:
-  """Work done since the last `take_stats`: tokens (padding not counted), and seconds."""
-
-  prefilled: int = 0
-  extended: int = 0
-  drawn: int = 0
-  scored: int = 0
-  seconds: float = 0.0
 
 
 class Engine:
@@ -244,7 +196,7 @@ class Engine:
   def _extend(self, contexts: dict[int, Sequence[int]]) -> None:
     """Makes each slot hold exactly its ids, reading only what it does not hold already."""
     for slot, ids in contexts.items():
-      del self._held[slot][_common_length(self._held[slot], ids) :]
+      del self._held[slot][common_length(self._held[slot], ids) :]
     self.stats.extended += sum(len(ids) - len(self._held[s]) for s, ids in contexts.items())
     self._cache = self._read(self._cache, self._held, contexts)
 
@@ -299,8 +251,13 @@ class Engine:
   def _arguments(self, name: str, arguments: tuple) -> tuple:
     return arguments if name == "install" else (self.model, *arguments)
 
+  def _key(self, name: str, static: dict, arguments: tuple) -> tuple:
+    """What tells one compiled program from another: only `extend` has several shapes."""
+    shapes = [np.shape(x) for x in arguments[1:]] if name == "extend" else []
+    return name, *static.values(), *shapes
+
   def _run(self, name: str, static: dict, *arguments):
-    key = (name, *static.values(), *(np.shape(x) for x in arguments[1:] if name == "extend"))
+    key = self._key(name, static, arguments)
     arguments = self._arguments(name, arguments)
     if key not in self._compiled:
       self._compiled[key] = self._program(name, static).lower(*arguments).compile()
@@ -331,7 +288,7 @@ class Engine:
 
     def build(item):
       name, static, arguments = item
-      key = (name, *static.values(), *(np.shape(x) for x in arguments[1:] if name == "extend"))
+      key = self._key(name, static, arguments)
       lowered = self._program(name, static).lower(*self._arguments(name, arguments))
       return key, lowered.compile()
 
@@ -351,13 +308,3 @@ class Engine:
       yield
     finally:
       self.stats.seconds += time.perf_counter() - start
-
-
-def _common_length(held: list[int], ids: Iterable[int]) -> int:
-  """How many leading ids two contexts share."""
-  n = 0
-  for a, b in zip(held, ids, strict=False):
-    if a != b:
-      break
-    n += 1
-  return n

@@ -16,7 +16,8 @@ from rlver_jax.dialogue.scenario import Scenario
 from rlver_jax.dialogue.templates import Templates
 from rlver_jax.errors import UserError
 from rlver_jax.sampling import programs
-from rlver_jax.sampling.engine import Engine, Request, Sample
+from rlver_jax.sampling.engine import Engine
+from rlver_jax.sampling.requests import Request, Sample
 from rlver_jax.tokenizer import Tokenizer
 
 OPENING_CALL, PLAN_CALL, MESSAGE_CALL = 1, 2, 3  # see policy.POLICY_CALL
