@@ -204,7 +204,6 @@ def in_process_of_its_own(*arguments: str) -> subprocess.CompletedProcess:
   [
     [],
     [GRPO, "--config.policy.pth=x"],
-    [GRPO, "--config.mesh.data=2"],
     [GRPO, "--workdir=README.md"],
   ],
 )

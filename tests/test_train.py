@@ -1,6 +1,7 @@
 """The loop as a whole: what a run leaves, that it can be stopped anywhere, and how it diverges."""
 
 import json
+import pathlib
 import signal
 
 import jax
@@ -237,7 +238,9 @@ def model_run(tmp_path_factory):
     return getitem(section, name)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(config, "digest", lambda _: "")  # reads everything, and uses nothing
+    # These two read every field, to keep it or to compare.
+    patch.setattr(config, "digest", lambda _: "")
+    patch.setattr(runs, "claim", lambda folder, _: pathlib.Path(folder))
     patch.setattr(ConfigDict, "__getitem__", recorded)
     runs.play(settings, workdir)
   return workdir, settings, read
@@ -264,6 +267,7 @@ def test_replies_to_a_model_are_rewarded_differently(model_run):
   assert max(record["update/gradient_norm"] for record in records) > 0.01
 
 
+@pytest.mark.slow
 def test_a_run_with_two_models_that_is_stopped_and_resumed_is_the_same_run(model_run, tmp_path):
   workdir, settings, _ = model_run
   check_resumed(workdir, settings, tmp_path, stops=(9,))
