@@ -18,6 +18,7 @@ from rlver_jax.dialogue import records
 from rlver_jax.dialogue.dialogue import Dialogue
 from rlver_jax.dialogue.rollout import rollout
 from rlver_jax.dialogue.scenario import batch_indices
+from rlver_jax.errors import UserError
 from rlver_jax.interrupt import Interrupted, Interrupts
 from rlver_jax.rl import advantages as advantages_lib
 from rlver_jax.rl import rows as rows_lib
@@ -33,7 +34,8 @@ def train(
 ) -> dict[str, Any]:
   """Runs, or goes on with, the run of `config` in `workdir`; returns the run's summary.
 
-  Raises Interrupted after saving when asked to stop, Diverged when updates stay non-finite.
+  Raises Interrupted after saving when asked to stop, Diverged when updates stay non-finite,
+  UserError when `workdir` cannot be written or holds what is damaged.
   """
   compiles = metrics_lib.CompileCounter()
   checkpoints = Checkpoints(str(workdir / "checkpoints"), config.checkpoint.keep)
@@ -113,6 +115,11 @@ def train(
   except (Interrupted, Diverged):
     save(done, reward)
     raise
+  except OSError as error:  # of metrics and dialogues
+    raise UserError(
+      f"workdir {workdir} cannot be written ({error.strerror or error}), expected a writable disk "
+      "with room; the same command goes on from the newest checkpoint."
+    ) from error
   finally:
     checkpoints.close()
     writer.close()

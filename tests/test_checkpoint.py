@@ -109,6 +109,21 @@ def test_a_checkpoint_is_plain_nested_dictionaries_to_orbax(tmp_path):
   np.testing.assert_array_equal(moments["embed"], state["optimizer"][1][0].nu.embed[...])
 
 
+def test_a_part_of_the_state_is_read_alone_when_asked(tmp_path):
+  state = train_state()
+  checkpoints = Checkpoints(tmp_path, keep=2)
+  checkpoints.save(1, state, {"a": 1}, reward=0.0)
+  part = {"model": train_shapes()["model"]}
+  with pytest.raises(UserError, match="is in it and not expected"):
+    checkpoints.restore(part)
+  restored, metadata = checkpoints.restore(part, partial=True)
+  assert_same(restored, {"model": state["model"]})
+  assert metadata == {"a": 1}
+  with pytest.raises(UserError, match="other is missing in it"):
+    checkpoints.restore(part | {"other": jnp.zeros(2)}, partial=True)
+  checkpoints.close()
+
+
 def test_numbers_and_numpy_arrays_are_saved_as_they_were(tmp_path):
   counts = np.arange(5, dtype=np.int32)
   checkpoints = Checkpoints(tmp_path, keep=1)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from rlver_jax import build, config, train
 from rlver_jax.checkpoint import Checkpoints
+from rlver_jax.errors import UserError
 from rlver_jax.interrupt import Interrupted, Interrupts
 from rlver_jax.models import source, weights
 
@@ -200,6 +201,18 @@ def test_lines_and_dialogues_of_a_step_that_was_not_saved_are_made_again(run, se
   with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
     file.write(f'{{"step": {saved + 1}, "reward/mean": 7.0}}\n{{"step": {saved + 2}, "rew')
   (tmp_path / "dialogues" / f"step_{saved + 1:06d}.jsonl").write_text("{}\n")
+  runs.play(settings, tmp_path)
+  assert_same_run(tmp_path, run[0])
+
+
+@pytest.mark.slow
+def test_a_file_that_cannot_be_written_is_named_and_the_run_goes_on_later(run, settings, tmp_path):
+  runs.claim(str(tmp_path), settings)
+  (tmp_path / "dialogues").write_text("")
+  with pytest.raises(UserError) as refusal:
+    runs.play(settings, tmp_path)
+  assert str(refusal.value).startswith(f"workdir {tmp_path} cannot be written (File exists)")
+  (tmp_path / "dialogues").unlink()
   runs.play(settings, tmp_path)
   assert_same_run(tmp_path, run[0])
 
