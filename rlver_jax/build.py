@@ -5,6 +5,7 @@ scenarios, the mesh); `build` loads the models and compiles.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import optax
@@ -22,6 +23,7 @@ from rlver_jax.dialogue.simulators.base import Simulator
 from rlver_jax.dialogue.simulators.scripted import ScriptedSimulator
 from rlver_jax.errors import UserError
 from rlver_jax.models import source as model_source
+from rlver_jax.models import weights
 from rlver_jax.models.qwen2 import Qwen2
 from rlver_jax.models.source import ModelSource
 from rlver_jax.rl.update import TrainState, Updater, UpdateSettings, sampling_copy
@@ -270,16 +272,29 @@ def build_simulator(config: ConfigDict, sources: Sources) -> Simulator:
   return language_model.LanguageModelSimulator(engine, tokenizer, sources.templates, settings)
 
 
-def build(config: ConfigDict, sources: Sources) -> Run:
-  """Loads the models, makes the state and compiles every program of the run."""
+def build(
+  config: ConfigDict,
+  sources: Sources,
+  restore: Callable[[TrainState], TrainState] | None = None,
+) -> Run:
+  """Loads the models, makes the state and compiles every program of the run.
+
+  restore: gives the state of a run that goes on, for its abstract state; the policy's own weights
+  are then not loaded, as two states need not fit into memory.
+  """
   mesh = sources.mesh
-  model = model_source.load_model(sources.policy, mesh, config.seed + POLICY_WEIGHTS)
   reference = None
   if sources.reference is not None:
     reference = model_source.load_model(sources.reference, mesh, config.seed + POLICY_WEIGHTS)
   schedule = make_schedule(config)
-  updater = Updater(mesh, make_optimizer(config, schedule), _update_settings(config), model)
-  policy = build_policy(config, sources, sampling_copy(model))
+  shapes = weights.abstract_model(sources.policy.config)
+  updater = Updater(mesh, make_optimizer(config, schedule), _update_settings(config), shapes)
+  if restore is not None:
+    state = restore(updater.abstract_state)
+  else:
+    model = model_source.load_model(sources.policy, mesh, config.seed + POLICY_WEIGHTS)
+    state = updater.init(model)
+  policy = build_policy(config, sources, sampling_copy(state.model))
   simulator = build_simulator(config, sources)
   d = config.dialogue
   rules = Rules(d.initial_emotion, d.max_turns, d.failure_at, d.success_at)
@@ -287,7 +302,7 @@ def build(config: ConfigDict, sources: Sources) -> Run:
     policy,
     simulator,
     updater,
-    updater.init(model),
+    state,
     reference,
     rules,
     slots(config, mesh),

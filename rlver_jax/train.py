@@ -22,7 +22,7 @@ from rlver_jax.errors import UserError
 from rlver_jax.interrupt import Interrupted, Interrupts
 from rlver_jax.rl import advantages as advantages_lib
 from rlver_jax.rl import rows as rows_lib
-from rlver_jax.rl.update import sampling_copy
+from rlver_jax.rl.update import TrainState, sampling_copy
 
 
 class Diverged(Exception):
@@ -48,12 +48,17 @@ def train(
   writer = metrics_lib.MetricsWriter(workdir, config.log.tensorboard)
   print("Loading models and compiling ...", flush=True)
   started = time.perf_counter()
-  run = build_lib.build(config, sources)
   first, nonfinite = 0, 0
-  if checkpoints.latest() is not None:
-    run.state, saved = checkpoints.restore(run.updater.abstract_state)
+
+  def restore(abstract_state: TrainState) -> TrainState:
+    nonlocal first, nonfinite
+    state, saved = checkpoints.restore(abstract_state)
     first, nonfinite = saved["step"], saved["nonfinite"]
-    run.policy.engine.model = sampling_copy(run.state.model)
+    return state
+
+  resumed = checkpoints.latest() is not None
+  run = build_lib.build(config, sources, restore if resumed else None)
+  if resumed:
     print(f"Going on after step {first}.")
   writer.truncate(first)
   print(
