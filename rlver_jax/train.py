@@ -1,7 +1,9 @@
 """The reinforcement-learning loop: dialogues, rows, advantages, update, metrics, checkpoint."""
 
+import contextlib
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -93,7 +95,7 @@ def train(
       scalars["reward/mean"] = reward
       updates = int(run.state.updates)
       scalars["update/learning_rate"] = float(run.schedule(max(updates - 1, 0)))
-      with timer("write"):
+      with timer("write"), writing(workdir):
         if config.log.dialogues_every and step % config.log.dialogues_every == 0:
           write_dialogues(workdir, done, dialogues)
       seconds = timer.take()
@@ -104,7 +106,8 @@ def train(
         "compile/seconds": compiles.seconds,
         "seconds/step": time.perf_counter() - began,
       }
-      writer.write(done, scalars)
+      with writing(workdir):
+        writer.write(done, scalars)
       line = metrics_lib.progress_line(done, config.steps, scalars, scalars["seconds/step"])
       print(line, flush=True)
       # After the metrics: a run that is killed in between does the step again, and drops its line.
@@ -120,15 +123,22 @@ def train(
   except (Interrupted, Diverged):
     save(done, reward)
     raise
-  except OSError as error:  # of metrics and dialogues
-    raise UserError(
-      f"workdir {workdir} cannot be written ({error.strerror or error}), expected a writable disk "
-      "with room; the same command goes on from the newest checkpoint."
-    ) from error
   finally:
     checkpoints.close()
     writer.close()
   return metrics_lib.write_summary(workdir, {})
+
+
+@contextlib.contextmanager
+def writing(workdir: pathlib.Path) -> Iterator[None]:
+  """Around what writes to the folder: a full or read-only disk is the user's to mend."""
+  try:
+    yield
+  except OSError as error:
+    raise UserError(
+      f"workdir {workdir} cannot be written ({error.strerror or error}), expected a writable disk "
+      "with room; the same command goes on from the newest checkpoint."
+    ) from error
 
 
 def play(

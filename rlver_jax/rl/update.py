@@ -238,8 +238,5 @@ def sampling_copy(model: Qwen2) -> Qwen2:
   parameters' own dtype, so that a float32 model on CPU is not held twice."""
   if model.config.dtype == model.config.param_dtype:
     return model
-  shardings = jax.tree.map(lambda x: x.sharding, model)
-  cast = jax.jit(
-    lambda m: jax.tree.map(lambda x: x.astype(m.config.dtype), m), out_shardings=shardings
-  )
-  return cast(model)
+  # Array by array, each laid out as it was: these casts are compiled once for all steps.
+  return jax.tree.map(lambda x: x.astype(model.config.dtype), model)
