@@ -74,6 +74,7 @@ def test_bfloat16_rounds_and_the_tokenizer_comes_along(workdir, tmp_path):
     assert (tmp_path / "out" / name).read_bytes() == (embedded / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_transformers_loads_the_same_weights_and_tokenizer(workdir, tmp_path):
   torch = pytest.importorskip("torch", reason="transformers loads models with PyTorch")
   import transformers

@@ -169,7 +169,10 @@ def test_a_finished_run_is_left_alone_and_gets_the_summary_that_a_kill_took(run,
   assert json.loads((workdir / "summary.json").read_text()) == summary
 
 
-@pytest.mark.parametrize("stops", [(2,), (5, 7)], ids=["in the first step", "twice"])
+@pytest.mark.parametrize(
+  "stops",
+  [pytest.param((2,), marks=pytest.mark.slow, id="in the first step"), pytest.param((5, 7))],
+)
 def test_a_run_that_is_stopped_and_resumed_is_the_same_run(run, settings, tmp_path, stops, capsys):
   check_resumed(run[0], settings, tmp_path, stops)
   assert "Going on after step" in capsys.readouterr().out
@@ -303,6 +306,7 @@ def test_every_field_of_the_configuration_is_read_by_a_run(model_run):
   assert set(config.flatten(settings)) - read == in_main
 
 
+@pytest.mark.slow
 def test_thinking_epochs_and_the_penalty(tmp_path):
   changes = {
     "dialogue.mode": "think",
