@@ -1,8 +1,4 @@
-"""From a configuration to the objects of a run, cheap checks first.
-
-`open_sources` reads and checks everything that costs little (paths, headers, tokenizers,
-scenarios, the mesh); `build` loads the models and compiles.
-"""
+"""From a configuration and its opened sources to the live objects of a run: models, programs."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,38 +9,22 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rlver_jax import partitioning
-from rlver_jax.dialogue import templates as templates_lib
 from rlver_jax.dialogue.dialogue import Rules
 from rlver_jax.dialogue.policy import Policy, PolicySettings
-from rlver_jax.dialogue.scenario_dataset import ScenarioSource
-from rlver_jax.dialogue.scenario_dataset import open_source as open_scenarios
 from rlver_jax.dialogue.simulators import language_model
 from rlver_jax.dialogue.simulators.base import Simulator
 from rlver_jax.dialogue.simulators.scripted import ScriptedSimulator
-from rlver_jax.errors import UserError
 from rlver_jax.models import source as model_source
 from rlver_jax.models import weights
 from rlver_jax.models.qwen2 import Qwen2
-from rlver_jax.models.source import ModelSource
 from rlver_jax.rl.update import TrainState, Updater, UpdateSettings, sampling_copy
 from rlver_jax.sampling.engine import Engine
 from rlver_jax.sampling.requests import EngineSettings
 from rlver_jax.sampling.sampler import Sampling
+from rlver_jax.sources import Sources, simulator_settings
 
 # Added to the run's seed for the weights of embedded models, so that they differ.
 POLICY_WEIGHTS, SIMULATOR_WEIGHTS = 1, 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Sources:
-  """What a run reads from, opened and checked; no weights yet."""
-
-  mesh: Mesh
-  scenarios: ScenarioSource
-  templates: dict[str, templates_lib.Templates]
-  policy: ModelSource
-  reference: ModelSource | None
-  simulator: ModelSource | None
 
 
 @dataclasses.dataclass
@@ -66,88 +46,6 @@ class Run:
     simulator = getattr(self.simulator, "engine", None)
     named = [("policy", self.policy.engine), ("simulator", simulator)]
     return [(name, engine) for name, engine in named if engine is not None]
-
-
-def open_sources(config: ConfigDict) -> Sources:
-  """Opens and checks everything that costs little; raises UserError for what is wrong."""
-  mesh = partitioning.make_mesh(**config.mesh)
-  if config.training.microbatch % partitioning.batch_shards(mesh):
-    raise UserError(
-      f"training.microbatch is {config.training.microbatch}, expected a multiple of mesh.data * "
-      f"mesh.fsdp, which is {partitioning.batch_shards(mesh)}."
-    )
-  scenarios = open_scenarios(config.data.path, config.data.cache_dir)
-  languages = sorted({s.language for s in scenarios})
-  folder = config.simulator.templates
-  templates = {language: templates_lib.load(language, folder) for language in languages}
-  policy = model_source.open_source(
-    config.policy.path,
-    "policy.path",
-    dtype=config.policy.dtype,
-    param_dtype=config.policy.param_dtype,
-    remat=config.policy.remat,
-  )
-  _check_policy_room(config, policy, templates)
-  frozen = {"dtype": config.simulator.dtype, "param_dtype": config.simulator.dtype}
-  simulator = None
-  if config.simulator.kind == "language_model":
-    simulator = model_source.open_source(config.simulator.path, "simulator.path", **frozen)
-    _check_positions("simulator", simulator, config.simulator.cache_length)
-    language_model.check_room(
-      simulator.tokenizer,
-      templates,
-      list(scenarios),
-      _simulator_settings(config),
-      config.simulator.cache_length,
-    )
-  reference = None
-  if config.algorithm.kl_coef:
-    dtype = config.policy.dtype
-    reference = model_source.open_source(
-      config.reference.path or config.policy.path,
-      "reference.path",
-      dtype=dtype,
-      param_dtype=dtype,
-    )
-    if reference.config.vocab_size != policy.config.vocab_size:
-      raise UserError(
-        f"reference.path has a vocabulary of {reference.config.vocab_size}, expected the "
-        f"policy's, {policy.config.vocab_size}."
-      )
-  return Sources(mesh, scenarios, templates, policy, reference, simulator)
-
-
-def _check_policy_room(
-  config: ConfigDict, source: ModelSource, templates: dict[str, templates_lib.Templates]
-) -> None:
-  s = config.sampling
-  section = "policy_think" if config.dialogue.mode == "think" else "policy"
-  for language, texts in templates.items():
-    prompt = len(source.tokenizer.chat.system(texts.render(section)))
-    if prompt >= s.max_prompt_tokens:
-      raise UserError(
-        f"sampling.max_prompt_tokens is {s.max_prompt_tokens}, expected room for the {prompt} "
-        f"tokens of the policy's instructions ('{language}') and the user's first message."
-      )
-  if s.max_new_tokens > s.max_response_tokens:
-    raise UserError(
-      f"sampling.max_new_tokens is {s.max_new_tokens}, expected at most "
-      f"sampling.max_response_tokens ({s.max_response_tokens})."
-    )
-  _check_positions("policy", source, s.max_prompt_tokens + s.max_response_tokens)
-
-
-def _check_positions(name: str, source: ModelSource, cache_length: int) -> None:
-  if cache_length > source.config.max_position_embeddings:
-    field = (
-      "simulator.cache_length"
-      if name == "simulator"
-      else "sampling.max_prompt_tokens + sampling.max_response_tokens"
-    )
-    raise UserError(
-      f"{field} is {cache_length}, expected at most the {source.config.max_position_embeddings} "
-      f"positions of the {name} model."
-    )
 
 
 def make_schedule(config: ConfigDict) -> optax.Schedule:
@@ -186,13 +84,6 @@ def _update_settings(config: ConfigDict) -> UpdateSettings:
     aggregation_constant=float(config.sampling.max_response_tokens),
     max_grad_norm=config.optimizer.max_grad_norm,
     logprob_chunk=config.training.logprob_chunk,
-  )
-
-
-def _simulator_settings(config: ConfigDict) -> language_model.SimulatorSettings:
-  s = config.simulator
-  return language_model.SimulatorSettings(
-    s.score, s.appraise, s.max_plan_tokens, s.max_message_tokens
   )
 
 
@@ -254,7 +145,7 @@ def build_simulator(config: ConfigDict, sources: Sources) -> Simulator:
     return ScriptedSimulator(sources.templates, config.seed)
   c, s, tokenizer = config.simulator, config.sampling, sources.simulator.tokenizer
   model = model_source.load_model(sources.simulator, sources.mesh, config.seed + SIMULATOR_WEIGHTS)
-  settings = _simulator_settings(config)
+  settings = simulator_settings(config)
   engine = Engine(
     model,
     sources.mesh,

@@ -49,10 +49,11 @@ def main(argv: list[str]) -> int:
   _prepare_jax(config)
   import jax
 
-  from rlver_jax import build, metrics, train, workdir
+  from rlver_jax import metrics, train, workdir
   from rlver_jax.interrupt import Interrupted, Interrupts
+  from rlver_jax.sources import open_sources
 
-  sources = build.open_sources(config)
+  sources = open_sources(config)
   folder = workdir.claim(cli.WORKDIR.value or default_workdir(), config)
   if jax.process_index() == 0:
     print(

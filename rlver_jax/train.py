@@ -25,6 +25,7 @@ from rlver_jax.interrupt import Interrupted, Interrupts
 from rlver_jax.rl import advantages as advantages_lib
 from rlver_jax.rl import rows as rows_lib
 from rlver_jax.rl.update import TrainState, sampling_copy
+from rlver_jax.sources import Sources
 
 
 class Diverged(Exception):
@@ -32,7 +33,7 @@ class Diverged(Exception):
 
 
 def train(
-  config: ConfigDict, sources: build_lib.Sources, workdir: pathlib.Path, interrupts: Interrupts
+  config: ConfigDict, sources: Sources, workdir: pathlib.Path, interrupts: Interrupts
 ) -> dict[str, Any]:
   """Runs, or goes on with, the run of `config` in `workdir`; returns the run's summary.
 
@@ -143,7 +144,7 @@ def writing(workdir: pathlib.Path) -> Iterator[None]:
 
 def play(
   config: ConfigDict,
-  sources: build_lib.Sources,
+  sources: Sources,
   run: build_lib.Run,
   step: int,
   interrupts: Interrupts,

@@ -20,6 +20,7 @@ from rlver_jax.checkpoint import Checkpoints
 from rlver_jax.models import source, weights
 from rlver_jax.partitioning import make_mesh
 from rlver_jax.rl.update import TrainState
+from rlver_jax.sources import open_sources
 from rlver_jax.workdir import claim
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -71,7 +72,7 @@ def play(
 ) -> dict[str, Any]:
   """A run in this process, from the configuration's files to the summary."""
   with signals_restored():
-    sources = build.open_sources(config)
+    sources = open_sources(config)
     return train.train(config, sources, claim(str(workdir), config), interrupts())
 
 
@@ -128,7 +129,7 @@ def restored(
   workdir: pathlib.Path, config: ConfigDict, step: int | None = None
 ) -> tuple[TrainState, dict]:
   """The whole state in a checkpoint of the run, the newest by default, and its metadata."""
-  sources = build.open_sources(config)
+  sources = open_sources(config)
   model = weights.abstract_model(sources.policy.config)
   optimizer = build.make_optimizer(config, build.make_schedule(config))
   state = jax.eval_shape(lambda m: TrainState(m, optimizer.init(m), jnp.int32(0)), model)

@@ -102,7 +102,7 @@ def test_transformers_loads_the_same_weights_and_tokenizer(workdir, tmp_path):
 def test_the_written_policy_can_be_trained_further(workdir, tmp_path):
   call(workdir, tmp_path / "out", dtype="float32")
   settings = runs.config(**{"policy.path": str(tmp_path / "out")})
-  sources = runs.build.open_sources(settings)
+  sources = runs.open_sources(settings)
   assert not sources.policy.drawn
 
 

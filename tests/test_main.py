@@ -10,9 +10,10 @@ import runs
 from absl import flags
 
 from configs import grpo
-from rlver_jax import build, cli, main, train, workdir
+from rlver_jax import cli, main, train, workdir
 from rlver_jax.interrupt import Interrupted
 from rlver_jax.models import source
+from rlver_jax.sources import Sources
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
 GRPO = "--config=configs/grpo.py"
@@ -176,7 +177,7 @@ def test_overrides_reach_the_run(run_main, tmp_path, monkeypatch):
   run_main(GRPO, f"--workdir={tmp_path}", *runs.flags(**{"algorithm.scale_by_std": False}))
   [(config, sources, folder)] = seen
   assert config.to_dict() == runs.config(**{"algorithm.scale_by_std": False}).to_dict()
-  assert isinstance(sources, build.Sources) and folder == tmp_path
+  assert isinstance(sources, Sources) and folder == tmp_path
   assert config.is_locked
   assert json.loads((tmp_path / "config.json").read_text())["algorithm.scale_by_std"] is False
 

@@ -35,6 +35,7 @@ def work(mesh: tuple[int, int, int], folder: pathlib.Path) -> None:
   from rlver_jax.rl.advantages import group_relative
   from rlver_jax.rl.rows import make_rows, row_length
   from rlver_jax.rl.update import sampling_copy
+  from rlver_jax.sources import open_sources
 
   config = grpo.get_config("tiny")
   config.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
@@ -51,7 +52,7 @@ def work(mesh: tuple[int, int, int], folder: pathlib.Path) -> None:
   config.compilation_cache = ""
   config_lib.validate(config)
 
-  sources = build_lib.open_sources(config)
+  sources = open_sources(config)
   run = build_lib.build(config, sources)
   scenarios = [sources.scenarios[0], sources.scenarios[1]]
   arrays, sizes = {}, {}

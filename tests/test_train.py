@@ -16,6 +16,7 @@ from rlver_jax.checkpoint import Checkpoints
 from rlver_jax.errors import UserError
 from rlver_jax.interrupt import Interrupted, Interrupts
 from rlver_jax.models import source, weights
+from rlver_jax.sources import open_sources
 
 # Of every run, whatever its simulator.
 METRICS = {
@@ -144,7 +145,7 @@ def test_checkpoints_are_kept_as_asked_and_hold_what_was_trained(run, settings):
   state, metadata = runs.restored(workdir, settings)
   assert int(state.updates) == 4
   assert metadata == {"step": 4, "nonfinite": 0, "config": config.digest(settings)}
-  sources = build.open_sources(settings)
+  sources = open_sources(settings)
   first = source.load_model(sources.policy, sources.mesh, settings.seed + build.POLICY_WEIGHTS)
   changes = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.model, first)
   largest = max(jax.tree.leaves(changes))
@@ -381,7 +382,7 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(tmp_pat
   assert all(r["update/skipped"] == 1 and r["update/loss"] is None for r in records)
   state, metadata = runs.restored(workdir, settings)
   assert (int(state.updates), metadata["step"], metadata["nonfinite"]) == (0, 2, 2)
-  before = weights.load(path, state.model.config, build.open_sources(settings).mesh)
+  before = weights.load(path, state.model.config, open_sources(settings).mesh)
   same = jax.tree.map(lambda a, b: np.array_equal(a, b, equal_nan=True), state.model, before)
   assert all(jax.tree.leaves(same))
   assert all(not np.any(x) for x in jax.tree.leaves(state.opt_state))
