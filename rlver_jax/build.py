@@ -17,7 +17,7 @@ from rlver_jax.dialogue.simulators.scripted import ScriptedSimulator
 from rlver_jax.models import source as model_source
 from rlver_jax.models import weights
 from rlver_jax.models.qwen2 import Qwen2
-from rlver_jax.rl.update import TrainState, Updater, UpdateSettings, sampling_copy
+from rlver_jax.rl.update import TrainState, Updater, UpdateSettings
 from rlver_jax.sampling.engine import Engine
 from rlver_jax.sampling.requests import EngineSettings
 from rlver_jax.sampling.sampler import Sampling
@@ -114,11 +114,11 @@ def row_lengths(config: ConfigDict) -> tuple[int, ...]:
 
 
 def build_policy(config: ConfigDict, sources: Sources, model: Qwen2) -> Policy:
-  """The policy with its engine around a sampling copy of `model`."""
+  """The policy with its engine around a copy of `model` for sampling."""
   s = config.sampling
   length = s.max_prompt_tokens + s.max_response_tokens
   engine = Engine(
-    model,
+    partitioning.for_sampling(sources.mesh, model, config.policy.dtype),
     sources.mesh,
     EngineSettings(
       slots(config, sources.mesh),
@@ -147,7 +147,7 @@ def build_simulator(config: ConfigDict, sources: Sources) -> Simulator:
   model = model_source.load_model(sources.simulator, sources.mesh, config.seed + SIMULATOR_WEIGHTS)
   settings = simulator_settings(config)
   engine = Engine(
-    model,
+    partitioning.for_sampling(sources.mesh, model, c.dtype),
     sources.mesh,
     EngineSettings(
       slots(config, sources.mesh),
@@ -185,7 +185,7 @@ def build(
   else:
     model = model_source.load_model(sources.policy, mesh, config.seed + POLICY_WEIGHTS)
     state = updater.init(model)
-  policy = build_policy(config, sources, sampling_copy(state.model))
+  policy = build_policy(config, sources, state.model)
   simulator = build_simulator(config, sources)
   d = config.dialogue
   rules = Rules(d.initial_emotion, d.max_turns, d.failure_at, d.success_at)

@@ -1,10 +1,18 @@
-"""The device mesh, and the one table that says how every array lies on it.
+"""The device mesh, and the table that says how every array lies on it.
 
 Mesh axes: `data` (copies of the model, different rows), `fsdp` (rows, and parameters cut
 along the model width), `tensor` (heads, feed-forward and vocabulary). A logical axis that a
 mesh axis does not divide is left whole, so a model with 2 key/value heads runs on tensor=4.
+
+Training and sampling lay the same model out differently. A training step reads many tokens for
+each weight, so rows stay where they are and a layer's weights are gathered for them. A decoding
+step reads one token a row, so weights stay where they are, cut along their outputs or heads by
+all of `fsdp` and `tensor`, and the few activations travel.
 """
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,6 +26,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 RULES = {
   "batch": ("data", "fsdp"),  # rows of a batch, slots of a cache
+  "stream": ("data", "fsdp"),  # rows between the sublayers of the model
   "data_rows": ("data",),  # rows while the fsdp axis cuts another dimension
   "vocab": ("tensor",),
   # The vocabulary projection of log-probabilities: the whole mesh, and a step on the way there.
@@ -33,6 +42,17 @@ RULES = {
   "length": (),
   "whole": (),
 }
+
+# What sampling does otherwise: nothing of a model is gathered, rows are apart in attention alone.
+SAMPLING_RULES = RULES | {
+  "stream": ("data",),
+  "embed": (),
+  "vocab": ("tensor", "fsdp"),
+  "mlp": ("tensor", "fsdp"),
+  "head": ("fsdp",),
+}
+
+_rules: contextvars.ContextVar[dict] = contextvars.ContextVar("rules", default=RULES)
 
 
 def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
@@ -56,33 +76,50 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
 
 def batch_shards(mesh: Mesh) -> int:
   """How many pieces the batch axis is cut into."""
-  return int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
+  return _product(mesh, RULES["batch"])
 
 
-def sharding(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str, ...]) -> NamedSharding:
+def sharding(
+  mesh: Mesh, shape: tuple[int, ...], axes: tuple[str, ...], rules: dict = RULES
+) -> NamedSharding:
   """The sharding of an array of `shape` whose dimensions have the logical names `axes`."""
   spec = []
   for size, axis in zip(shape, axes, strict=True):
-    names = tuple(n for n in RULES[axis] if mesh.shape[n] > 1)
-    spec.append(names if names and divides(mesh, size, axis) else None)
+    names = tuple(n for n in rules[axis] if mesh.shape[n] > 1)
+    spec.append(names if names and size % _product(mesh, names) == 0 else None)
   return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def divides(mesh: Mesh, size: int, axis: str) -> bool:
   """Whether the mesh cuts a dimension of this size and logical name into equal pieces."""
-  return size % int(np.prod([mesh.shape[n] for n in RULES[axis]])) == 0
+  return size % _product(mesh, RULES[axis]) == 0
+
+
+def _product(mesh: Mesh, names: tuple[str, ...]) -> int:
+  return int(np.prod([mesh.shape[n] for n in names]))
+
+
+@contextlib.contextmanager
+def layout(mesh: Mesh, rules: dict = RULES) -> Iterator[None]:
+  """Functions traced inside lay their arrays out on this mesh by these rules."""
+  token = _rules.set(rules)
+  try:
+    with jax.set_mesh(mesh):
+      yield
+  finally:
+    _rules.reset(token)
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
   """Inside a jitted function: `x` laid out by the logical names of its dimensions.
 
-  The mesh is the one set while the function is traced (`jax.set_mesh`); without one, or on one
-  device, `x` is returned as it is.
+  Mesh and rules are those of the `layout` in which the function is traced; without one, or on
+  one device, `x` is returned as it is.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.size <= 1:
     return x
-  return jax.lax.with_sharding_constraint(x, sharding(mesh, x.shape, axes))
+  return jax.lax.with_sharding_constraint(x, sharding(mesh, x.shape, axes, _rules.get()))
 
 
 def constrain_model(tree: Any) -> Any:
@@ -97,7 +134,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def model_shardings(mesh: Mesh, tree: Any) -> Any:
+def model_shardings(mesh: Mesh, tree: Any, rules: dict = RULES) -> Any:
   """Shardings of a model or of a state that holds models (gradients, moments), abstract or not.
 
   Parameters are laid out by their `axes` metadata, a leading axis beyond it being the layers;
@@ -109,9 +146,23 @@ def model_shardings(mesh: Mesh, tree: Any) -> Any:
       return replicated(mesh)
     axes, shape = leaf.get_metadata("axes"), leaf.get_value().shape
     axes = ("layers",) * (len(shape) - len(axes)) + axes
-    return leaf.replace(sharding(mesh, shape, axes))
+    return leaf.replace(sharding(mesh, shape, axes, rules))
 
   return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def for_sampling(mesh: Mesh, model: Any, dtype: str) -> Any:
+  """A copy of `model` in `dtype`, laid out for sampling.
+
+  Arrays that are so already are shared, so that a float32 model on a CPU is not held twice.
+  """
+
+  def one(x, where):
+    x = x if x.dtype == dtype else x.astype(dtype)
+    return x if x.sharding.is_equivalent_to(where, x.ndim) else jax.device_put(x, where)
+
+  # Array by array: casts and moves that are compiled once for all steps.
+  return jax.tree.map(one, model, model_shardings(mesh, model, SAMPLING_RULES))
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from rlver_jax import build as build_lib
 from rlver_jax import config as config_lib
 from rlver_jax import metrics as metrics_lib
+from rlver_jax import partitioning
 from rlver_jax.checkpoint import Checkpoints
 from rlver_jax.dialogue import emotion as emotion_lib
 from rlver_jax.dialogue import records
@@ -24,7 +25,7 @@ from rlver_jax.errors import UserError
 from rlver_jax.interrupt import Interrupted, Interrupts
 from rlver_jax.rl import advantages as advantages_lib
 from rlver_jax.rl import rows as rows_lib
-from rlver_jax.rl.update import TrainState, sampling_copy
+from rlver_jax.rl.update import TrainState
 from rlver_jax.sources import Sources
 
 
@@ -88,7 +89,9 @@ def train(
       with timer("update"), interrupts.deferred():
         for _ in range(config.algorithm.epochs):
           run.state, update_metrics = run.updater.update(run.state, batch)
-        run.policy.engine.model = sampling_copy(run.state.model)
+        run.policy.engine.model = partitioning.for_sampling(
+          sources.mesh, run.state.model, config.policy.dtype
+        )
         scalars = {k: float(v) for k, v in jax.device_get(update_metrics).items()}
         done, reward = step + 1, float(rewards.mean())
         nonfinite = nonfinite + 1 if scalars["update/skipped"] else 0

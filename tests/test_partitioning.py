@@ -135,7 +135,7 @@ print(p.bytes_per_device([cut, {"a": whole}]))
 def f(x):
   return p.constrain(x + 1, "batch", "length")
 
-with jax.set_mesh(mesh):
+with p.layout(mesh):
   print(jax.jit(f)(jnp.zeros((8, 4))).sharding.shard_shape((8, 4)))
 """
 
@@ -168,3 +168,27 @@ def test_a_mesh_of_eight_devices():
     str(dict.fromkeys(range(8), held)),
     "(2, 4)",  # rows in four
   ]
+
+
+def test_a_copy_for_sampling_is_in_its_dtype_and_shares_what_is_so_already():
+  mesh = partitioning.make_mesh(1, 1, 1)
+  model = weights.initialise(Qwen2Config(64, 16, 24, 2, 4, 2, 4), 0, mesh)
+  same = partitioning.for_sampling(mesh, model, "float32")
+  assert all(a is b for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(model), strict=True))
+  cast = partitioning.for_sampling(mesh, model, "bfloat16")
+  for a, b in zip(jax.tree.leaves(cast), jax.tree.leaves(model), strict=True):
+    assert (a.dtype, b.dtype) == ("bfloat16", "float32")
+    np.testing.assert_array_equal(a, b.astype("bfloat16"))
+
+
+def test_sampling_cuts_weights_by_what_they_put_out():
+  rules = partitioning.SAMPLING_RULES
+
+  def cut(shape, *axes):
+    return partitioning.sharding(MESH, shape, axes, rules).spec
+
+  both = ("tensor", "fsdp")
+  assert cut((6, 8), "embed", "mlp") == PartitionSpec(None, both)
+  assert cut((8, 6), "vocab", "embed") == PartitionSpec(both, None)
+  assert cut((6, 4, 2), "embed", "heads", "head") == PartitionSpec(None, "tensor", "fsdp")
+  assert cut((4, 3, 6), "stream", "length", "whole") == PartitionSpec("data", None, None)

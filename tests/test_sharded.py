@@ -6,8 +6,10 @@ runs this file as a script and leaves what it computed in a folder.
 
 import collections
 import json
+import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -16,25 +18,40 @@ import pytest
 
 ONE, ALL_AXES, FSDP = (1, 1, 1), (2, 2, 2), (1, 8, 1)
 B1 = 0.9
+COLLECTIVE = re.compile(
+  r" = (.*) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+)
 
 pytestmark = pytest.mark.slow
 
 
+def largest_moves(engine) -> dict[str, int]:
+  """Elements of the largest array that moves between devices in a decoding step: within the
+  loop over layers, and outside of it."""
+  largest = {"layers": 0, "outside": 0}
+  for (name, *_), program in engine._compiled.items():
+    if name != "decode":
+      continue
+    for line in program.as_text().splitlines():
+      if found := COLLECTIVE.search(line):
+        where = "layers" if "while/body/while/body" in line else "outside"
+        shapes = re.findall(r"\[([\d,]*)\]", found[1])
+        sizes = [math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes]
+        largest[where] = max(largest[where], *sizes)
+  return largest
+
+
 def work(mesh: tuple[int, int, int], folder: pathlib.Path) -> None:
   """Plays, updates and plays again on a mesh; writes arrays.npz and sizes.json."""
-  import dataclasses
-
   import jax
 
   from configs import grpo
   from rlver_jax import build as build_lib
   from rlver_jax import config as config_lib
   from rlver_jax.dialogue.rollout import rollout
-  from rlver_jax.models import weights
-  from rlver_jax.partitioning import bytes_per_device
+  from rlver_jax.partitioning import bytes_per_device, for_sampling
   from rlver_jax.rl.advantages import group_relative
   from rlver_jax.rl.rows import make_rows, row_length
-  from rlver_jax.rl.update import sampling_copy
   from rlver_jax.sources import open_sources
 
   config = grpo.get_config("tiny")
@@ -102,13 +119,14 @@ def work(mesh: tuple[int, int, int], folder: pathlib.Path) -> None:
   for (program, _), compiled in run.updater._compiled.items():
     sizes[f"{program} temporaries"] = compiled.memory_analysis().temp_size_in_bytes
 
-  run.policy.engine.model = sampling_copy(run.state.model)
+  run.policy.engine.model = for_sampling(sources.mesh, run.state.model, "float32")
   play(1)
   for name, engine in run.engines():
     measure(f"{name} cache after", engine._cache)
     measure(f"{name} prefixes after", engine._prefixes)
-  half = dataclasses.replace(sources.policy.config, dtype="bfloat16")
-  measure("sampling copy", sampling_copy(weights.initialise(half, 0, sources.mesh)))
+  half = for_sampling(sources.mesh, run.state.model, "bfloat16")
+  measure("sampling copy", half)
+  sizes["moves"] = {name: largest_moves(engine) for name, engine in run.engines()}
 
   np.savez(folder / "arrays.npz", **arrays)
   (folder / "sizes.json").write_text(json.dumps(sizes))
@@ -212,6 +230,14 @@ def test_caches_and_batches_are_cut_along_every_axis_that_divides_them(many, one
   total, devices = many.sizes["batch"].values()
   assert total == one.sizes["batch"]["total"]
   assert devices == [total // (data * fsdp)] * 8
+
+
+def test_decoding_moves_activations_but_no_weights(many):
+  """The smallest piece of a matrix, of a key projection, has 128 x 32 elements; the logits of all
+  rows are far smaller than the vocabulary's projection."""
+  for moves in many.sizes["moves"].values():
+    assert 0 < moves["layers"] <= 128 * 32 / 4
+    assert 0 < moves["outside"] <= 8 * 2048
 
 
 def test_activations_are_cut_too(many, one):

@@ -13,7 +13,7 @@ from rlver_jax.models import weights
 from rlver_jax.models.qwen2 import Qwen2Config
 from rlver_jax.partitioning import make_mesh
 from rlver_jax.rl.rows import Rows
-from rlver_jax.rl.update import Updater, UpdateSettings, sampling_copy
+from rlver_jax.rl.update import Updater, UpdateSettings
 
 CONFIG = Qwen2Config(
   53, 16, 24, 2, 4, 2, 4, rope_theta=100.0, tie_word_embeddings=True, remat="none"
@@ -285,16 +285,6 @@ def test_a_row_of_padding_weighs_nothing(running):
   other = updater.batch(rows._replace(tokens=tokens), ADVANTAGES * [1, 1, 1, 50])
   results = [updater.update(on_device(updater, before), b) for b in (batch, other)]
   close(*[(copy(state.model), metrics) for state, metrics in results], atol=1e-7)
-
-
-def test_sampling_copy_is_in_the_compute_dtype_and_shares_where_it_can():
-  same = make_model()
-  assert sampling_copy(same) is same
-  mixed = make_model(dtype="bfloat16")
-  cast = sampling_copy(mixed)
-  for a, b in zip(jax.tree.leaves(cast), jax.tree.leaves(mixed), strict=True):
-    assert (a.dtype, b.dtype) == (jnp.bfloat16, jnp.float32)
-    np.testing.assert_array_equal(a, b.astype(jnp.bfloat16))
 
 
 def test_one_step_equals_pytorch(tmp_path):

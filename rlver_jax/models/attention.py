@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from rlver_jax.models.qwen2 import Attention
-from rlver_jax.partitioning import constrain
 
 CONTEXT = 0  # branch number of a context token
 PADDING = -1  # branch number of a padding token: it is seen by padding alone
@@ -44,11 +43,6 @@ def tree_attention(branch_BT: jax.Array, query_block: int = 512) -> Attention:
 
   def attention(q_BTHK, k_BTGK, v_BTGK, layer, state):
     del layer
-    # Where rows and heads stay apart, XLA gathers a layer's parameters for its rows. Left to
-    # itself it keeps the parameters apart and holds the activations of all rows on every device.
-    q_BTHK = constrain(q_BTHK, "batch", "length", "heads", "head")
-    k_BTGK = constrain(k_BTGK, "batch", "length", "kv_heads", "head")
-    v_BTGK = constrain(v_BTGK, "batch", "length", "kv_heads", "head")
     if T <= query_block:
       return block(q_BTHK, k_BTGK, v_BTGK, branch_BT, order_T), state
     n = -(-T // query_block)

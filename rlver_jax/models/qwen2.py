@@ -92,12 +92,28 @@ class Block(nnx.Module):
     q_BTHK = jnp.einsum("btd,dhk->bthk", h_BTD, weight(self.q)) + weight(self.q_bias)
     k_BTGK = jnp.einsum("btd,dgk->btgk", h_BTD, weight(self.k)) + weight(self.k_bias)
     v_BTGK = jnp.einsum("btd,dgk->btgk", h_BTD, weight(self.v)) + weight(self.v_bias)
+    q_BTHK, k_BTGK, v_BTGK = (
+      _rows_apart(x, heads)
+      for x, heads in ((q_BTHK, "heads"), (k_BTGK, "kv_heads"), (v_BTGK, "kv_heads"))
+    )
     out_BTHK, state = attention(rotate(q_BTHK, rope), rotate(k_BTGK, rope), v_BTGK, layer, state)
+    out_BTHK = constrain(out_BTHK, "stream", "length", "heads", "head")
     x_BTD += jnp.einsum("bthk,hkd->btd", out_BTHK, weight(self.o))
+    x_BTD = constrain(x_BTD, "stream", "length", "whole")
     h_BTD = rms_norm(x_BTD, self.mlp_norm[...], c.rms_norm_eps)
     gated_BTF = jax.nn.silu(h_BTD @ weight(self.gate)) * (h_BTD @ weight(self.up))
     x_BTD += gated_BTF @ weight(self.down)
-    return x_BTD, state
+    return constrain(x_BTD, "stream", "length", "whole"), state
+
+
+def _rows_apart(x_BTHK: jax.Array, heads: str) -> jax.Array:
+  """Queries, keys or values laid out for attention: rows apart, each head whole.
+
+  First as the weights put them out. In training that is the same, and makes XLA gather a layer's
+  weights for its rows; left to itself it holds the activations of all rows on every device.
+  """
+  x_BTHK = constrain(x_BTHK, "stream", "length", heads, "head")
+  return constrain(x_BTHK, "batch", "length", heads, "whole")
 
 
 class Qwen2(nnx.Module):
@@ -134,7 +150,7 @@ class Qwen2(nnx.Module):
     # Each device looks up its part of the width for all rows of its `data` group, and then rows
     # take the place of the width. Left to itself XLA holds every row of the batch for this.
     x_BTD = constrain(self.embed[...][tokens_BT].astype(c.dtype), "data_rows", "length", "embed")
-    x_BTD = constrain(x_BTD, "batch", "length", "whole")
+    x_BTD = constrain(x_BTD, "stream", "length", "whole")
     rope = rotation(positions_BT, c.head_dim, c.rope_theta)
 
     def step(carry, layer):

@@ -212,7 +212,7 @@ class Updater:
     return self._compiled[name, length](owner, batch)
 
   def _lower(self, function, owner, batch):
-    with jax.set_mesh(self._mesh):  # for `partitioning.constrain`
+    with partitioning.layout(self._mesh):
       return function.lower(owner, batch)
 
   def compile(self, rows: int, lengths: tuple[int, ...], *, reference: Qwen2 | None) -> int:
@@ -231,12 +231,3 @@ class Updater:
         scored = self._lower(self._jit_score, reference, batch.rows)
         self._compiled["score", length] = scored.compile()
     return len(self._compiled)
-
-
-def sampling_copy(model: Qwen2) -> Qwen2:
-  """The model as the sampler wants it: in the compute dtype. The same arrays where that is the
-  parameters' own dtype, so that a float32 model on CPU is not held twice."""
-  if model.config.dtype == model.config.param_dtype:
-    return model
-  # Array by array, each laid out as it was: these casts are compiled once for all steps.
-  return jax.tree.map(lambda x: x.astype(model.config.dtype), model)

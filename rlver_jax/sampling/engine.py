@@ -33,7 +33,8 @@ from rlver_jax.sampling.sampler import Sampling
 class Engine:
   """Slots with caches for one model.
 
-  `model` may be replaced (after an update), which empties the slots; `seed` counts modulo 2**32.
+  `model` is laid out for sampling (`partitioning.for_sampling`) and may be replaced (after an
+  update), which empties the slots; `seed` counts modulo 2**32.
   """
 
   def __init__(
@@ -258,10 +259,13 @@ class Engine:
 
   def _run(self, name: str, static: dict, *arguments):
     key = self._key(name, static, arguments)
-    arguments = self._arguments(name, arguments)
     if key not in self._compiled:
-      self._compiled[key] = self._program(name, static).lower(*arguments).compile()
-    return self._compiled[key](*arguments)
+      self._compiled[key] = self._lower(name, static, arguments).compile()
+    return self._compiled[key](*self._arguments(name, arguments))
+
+  def _lower(self, name: str, static: dict, arguments: tuple) -> jax.stages.Lowered:
+    with partitioning.layout(self._mesh, partitioning.SAMPLING_RULES):
+      return self._program(name, static).lower(*self._arguments(name, arguments))
 
   def compile(self) -> int:
     """Compiles every program the settings allow, several at a time; returns how many."""
@@ -288,9 +292,7 @@ class Engine:
 
     def build(item):
       name, static, arguments = item
-      key = self._key(name, static, arguments)
-      lowered = self._program(name, static).lower(*self._arguments(name, arguments))
-      return key, lowered.compile()
+      return self._key(name, static, arguments), self._lower(name, static, arguments).compile()
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
       self._compiled.update(pool.map(build, wanted))

@@ -17,6 +17,7 @@ import numpy as np
 from rlver_jax.models.attention import NEGATIVE
 from rlver_jax.models.logprobs import token_logprobs
 from rlver_jax.models.qwen2 import Attention, Qwen2
+from rlver_jax.partitioning import constrain
 from rlver_jax.sampling.sampler import Sampling, draw, row_key
 
 
@@ -149,6 +150,8 @@ def decode(
     logits_BV = jnp.einsum(
       "bd,vd->bv", hidden_B1D[:, 0], unembedding_VD, preferred_element_type=jnp.float32
     )
+    # Each device multiplies with its part of the vocabulary, and draws for its part of the rows.
+    logits_BV = constrain(constrain(logits_BV, "stream", "vocab"), "batch", "whole")
     token, logprob = draw(logits_BV, jax.vmap(jax.random.fold_in)(keys_B, s["drawn"]), sampling)
     drawn = s["drawn"] + live
     stopped = live & jnp.isin(token, stop_ids)
