@@ -12,7 +12,7 @@ MODELS = {
 
 
 def base(preset: str) -> ConfigDict:
-  """Every field that does not belong to one algorithm, with the preset's values."""
+  """Every field with the preset's values; what an algorithm sets otherwise is in its own file."""
   if preset not in MODELS:
     raise ValueError(f"preset is '{preset}', expected one of: {', '.join(MODELS)}.")
   config = ConfigDict(_published(MODELS[preset]))
@@ -39,6 +39,30 @@ def _published(path: str) -> dict:
       "param_dtype": "float32",
       # What the backward pass recomputes: none, dots (all but products), full.
       "remat": "full",
+    },
+    "critic": {
+      # Used by algorithm.advantage gae. Path as policy.path; empty: the policy's initial weights.
+      "path": "",
+      # How many of the lowest layers it shares with the policy, which it reads without training
+      # them; 0: all its weights are its own.
+      "shared_layers": 0,
+      # After warm-up; the other fields of `optimizer` hold for both.
+      "learning_rate": 5e-6,
+      # Share of all its updates in which the rate rises linearly to the full one.
+      "warmup_fraction": 0.05,
+      # First steps of the run in which it alone is trained.
+      "warmup_steps": 0,
+      # How far a value may move from what it was before the step; beyond, it earns no gradient.
+      "value_clip": 0.5,
+    },
+    "lora": {
+      # Rank of the adapters that are trained in place of the whole weights (arXiv 2106.09685),
+      "policy_rank": 0,  # of the policy; 0: the whole policy is trained,
+      "critic_rank": 0,  # and of the critic.
+      # What adapters add is scaled by alpha / rank.
+      "alpha": 32.0,
+      # The linear maps of every layer that get one.
+      "targets": ("q", "k", "v", "o", "gate", "up", "down"),
     },
     "reference": {
       # The frozen model of the KL term; empty: the policy's own initial weights.
@@ -108,6 +132,56 @@ def _published(path: str) -> dict:
       # The smallest attention window; larger ones follow by steps of a half and a third (each
       # second one doubles) up to the cache length.
       "smallest_window": 1024,
+    },
+    "reward": {
+      # final (the emotion at the end, at the last token), change (of emotion in each turn, at the
+      # reply's last token), or both.
+      "kind": "final",
+      # What max(final emotion, 0) / 100 is multiplied by,
+      "final_weight": 1.0,
+      # and what the change of emotion / 100 is.
+      "change_weight": 1.0,
+    },
+    "algorithm": {
+      # grpo, dr_grpo (GRPO without division by the group's deviation), rloo, reinforce_pp, remax
+      # (plays one more, greedy, dialogue a group) or gae (PPO, with a critic).
+      "advantage": "grpo",
+      # clip (PPO's ratio of each token) or gspo (one ratio a dialogue).
+      "loss": "clip",
+      # How tokens are averaged in the loss: token_mean, sequence_mean, constant. `constant`
+      # divides a sequence's sum by `max_response_tokens` whatever its length (Dr. GRPO).
+      "aggregation": "token_mean",
+      # The ratio to the sampling policy is clipped to
+      "clip_low": 0.2,  # 1 less this
+      "clip_high": 0.2,  # and 1 plus this.
+      # Weight of the entropy bonus.
+      "entropy_coef": 0.001,
+      # Weight of the KL to the frozen reference; 0 loads no reference.
+      "kl_coef": 0.0,
+      # k1, k2, k3 or k3_clamped: see rlver_jax/rl/losses.py.
+      "kl_estimator": "k3",
+      # Where the KL counts: loss or reward (of each token).
+      "kl_in": "loss",
+      # Adapts kl_coef so that the KL stays near this, in nats a token; 0: kl_coef is fixed.
+      "kl_target": 0.0,
+      # ... over about so many dialogues.
+      "kl_horizon": 10_000,
+      # For gae and reinforce_pp: discount of rewards, from one token of the policy to its next.
+      "gamma": 1.0,
+      # For gae: 1 trusts the rewards, 0 the critic.
+      "lam": 1.0,
+      # Advantages get mean 0 and variance 1 over the step's tokens.
+      "whiten": False,
+      # Most further rounds of dialogues on other scenarios in place of groups whose rewards are all
+      # equal (DAPO's dynamic sampling); 0: none.
+      "dynamic_sampling_rounds": 0,
+      # Most of a token's importance weight between sampler and trainer, which are then compared in
+      # a pass of their own; 0: no weights, and the ratio is taken to the sampler's log-probability.
+      "importance_cap": 0.0,
+      # Passes over a batch of dialogues,
+      "epochs": 1,
+      # each in so many updates.
+      "minibatches": 1,
     },
     "optimizer": {
       # After warm-up.

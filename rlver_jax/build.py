@@ -4,27 +4,25 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlver_jax import partitioning
+from rlver_jax import partitioning, trainables
 from rlver_jax.dialogue.dialogue import Rules
 from rlver_jax.dialogue.policy import Policy, PolicySettings
+from rlver_jax.dialogue.reward import RewardSettings
 from rlver_jax.dialogue.simulators import language_model
 from rlver_jax.dialogue.simulators.base import Simulator
 from rlver_jax.dialogue.simulators.scripted import ScriptedSimulator
 from rlver_jax.models import source as model_source
-from rlver_jax.models import weights
+from rlver_jax.models.lora import Adapted
 from rlver_jax.models.qwen2 import Qwen2
-from rlver_jax.rl.update import TrainState, Updater, UpdateSettings
+from rlver_jax.rl.learner import Learner, LearnerState
+from rlver_jax.rl.prepare import Frozen
 from rlver_jax.sampling.engine import Engine
 from rlver_jax.sampling.requests import EngineSettings
 from rlver_jax.sampling.sampler import Sampling
 from rlver_jax.sources import Sources, simulator_settings
-
-# Added to the run's seed for the weights of embedded models, so that they differ.
-POLICY_WEIGHTS, SIMULATOR_WEIGHTS = 1, 2
 
 
 @dataclasses.dataclass
@@ -33,58 +31,20 @@ class Run:
 
   policy: Policy
   simulator: Simulator
-  updater: Updater
-  state: TrainState
-  reference: Qwen2 | None
+  learner: Learner
+  state: LearnerState
+  frozen: Frozen
+  sampling_base: Qwen2 | None  # frozen.base as the policy's engine holds it
   rules: Rules
+  reward: RewardSettings
   slots: int
   row_lengths: tuple[int, ...]
-  schedule: optax.Schedule
 
   def engines(self) -> list[tuple[str, Engine]]:
     """The sampling engines with their names in the metrics."""
     simulator = getattr(self.simulator, "engine", None)
     named = [("policy", self.policy.engine), ("simulator", simulator)]
     return [(name, engine) for name, engine in named if engine is not None]
-
-
-def make_schedule(config: ConfigDict) -> optax.Schedule:
-  """Learning rate by applied update: linear warm-up, then constant or a cosine to zero.
-
-  The n-th of w warm-up updates (n from 1) has the rate n / w of the full one.
-  """
-  o = config.optimizer
-  updates = config.steps * config.algorithm.epochs
-  warmup = int(o.warmup_fraction * updates)
-  after = optax.constant_schedule(o.learning_rate)
-  if o.schedule == "cosine":
-    after = optax.cosine_decay_schedule(o.learning_rate, updates - warmup)
-  rise = optax.linear_schedule(0.0, o.learning_rate, max(warmup, 1))
-  return optax.join_schedules([lambda n: rise(n + 1), after], [warmup])
-
-
-def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-  """AdamW; gradients are clipped by the update itself, which reports their norm."""
-  o = config.optimizer
-  return optax.adamw(
-    schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mu_dtype=o.moment_dtype
-  )
-
-
-def _update_settings(config: ConfigDict) -> UpdateSettings:
-  a = config.algorithm
-  return UpdateSettings(
-    microbatch=config.training.microbatch,
-    temperature=config.sampling.temperature or 1.0,  # greedy samples are scored at 1
-    clip_low=a.clip_low,
-    clip_high=a.clip_high,
-    entropy_coef=a.entropy_coef,
-    kl_coef=a.kl_coef,
-    aggregation=a.aggregation,
-    aggregation_constant=float(config.sampling.max_response_tokens),
-    max_grad_norm=config.optimizer.max_grad_norm,
-    logprob_chunk=config.training.logprob_chunk,
-  )
 
 
 def slots(config: ConfigDict, mesh: Mesh) -> int:
@@ -113,12 +73,12 @@ def row_lengths(config: ConfigDict) -> tuple[int, ...]:
   return ladder(longest, config.training.smallest_row, middle=False)
 
 
-def build_policy(config: ConfigDict, sources: Sources, model: Qwen2) -> Policy:
-  """The policy with its engine around a copy of `model` for sampling."""
+def build_policy(config: ConfigDict, sources: Sources, model: Qwen2 | Adapted) -> Policy:
+  """The policy with its engine around `model`, which is laid out for sampling."""
   s = config.sampling
   length = s.max_prompt_tokens + s.max_response_tokens
   engine = Engine(
-    partitioning.for_sampling(sources.mesh, model, config.policy.dtype),
+    model,
     sources.mesh,
     EngineSettings(
       slots(config, sources.mesh),
@@ -144,7 +104,9 @@ def build_simulator(config: ConfigDict, sources: Sources) -> Simulator:
   if sources.simulator is None:
     return ScriptedSimulator(sources.templates, config.seed)
   c, s, tokenizer = config.simulator, config.sampling, sources.simulator.tokenizer
-  model = model_source.load_model(sources.simulator, sources.mesh, config.seed + SIMULATOR_WEIGHTS)
+  model = model_source.load_model(
+    sources.simulator, sources.mesh, config.seed + trainables.SIMULATOR_WEIGHTS
+  )
   settings = simulator_settings(config)
   engine = Engine(
     partitioning.for_sampling(sources.mesh, model, c.dtype),
@@ -166,43 +128,48 @@ def build_simulator(config: ConfigDict, sources: Sources) -> Simulator:
 def build(
   config: ConfigDict,
   sources: Sources,
-  restore: Callable[[TrainState], TrainState] | None = None,
+  restore: Callable[[LearnerState], LearnerState] | None = None,
 ) -> Run:
   """Loads the models, makes the state and compiles every program of the run.
 
-  restore: gives the state of a run that goes on, for its abstract state; the policy's own weights
-  are then not loaded, as two states need not fit into memory.
+  restore: gives the state of a run that goes on, for its abstract state; what is trained is then
+  not loaded from its origin, as two states need not fit into memory.
   """
   mesh = sources.mesh
-  reference = None
-  if sources.reference is not None:
-    reference = model_source.load_model(sources.reference, mesh, config.seed + POLICY_WEIGHTS)
-  schedule = make_schedule(config)
-  shapes = weights.abstract_model(sources.policy.config)
-  updater = Updater(mesh, make_optimizer(config, schedule), _update_settings(config), shapes)
+  frozen = trainables.load_frozen(config, sources)
+  learner = trainables.make_learner(config, sources)
   if restore is not None:
-    state = restore(updater.abstract_state)
+    state = restore(learner.abstract_state)
   else:
-    model = model_source.load_model(sources.policy, mesh, config.seed + POLICY_WEIGHTS)
-    state = updater.init(model)
-  policy = build_policy(config, sources, state.model)
+    state = learner.init(*trainables.fresh(config, sources, frozen))
+  base = frozen.base
+  if base is not None:
+    base = partitioning.for_sampling(mesh, base, config.policy.dtype)
+  policy = build_policy(config, sources, sampling_policy(config, mesh, state, base))
   simulator = build_simulator(config, sources)
   d = config.dialogue
-  rules = Rules(d.initial_emotion, d.max_turns, d.failure_at, d.success_at)
   run = Run(
-    policy,
-    simulator,
-    updater,
-    state,
-    reference,
-    rules,
-    slots(config, mesh),
-    row_lengths(config),
-    schedule,
+    policy=policy,
+    simulator=simulator,
+    learner=learner,
+    state=state,
+    frozen=frozen,
+    sampling_base=base,
+    rules=Rules(d.initial_emotion, d.max_turns, d.failure_at, d.success_at),
+    reward=RewardSettings(**config.reward, malformed_penalty=d.malformed_penalty),
+    slots=slots(config, mesh),
+    row_lengths=row_lengths(config),
   )
   for _, engine in run.engines():
     engine.compile()
-  rows = d.scenarios_per_step * d.group_size
-  updater.compile(rows, run.row_lengths, reference=reference)
+  learner.compile(d.scenarios_per_step * d.group_size, run.row_lengths, frozen)
   jax.block_until_ready(run.state)
   return run
+
+
+def sampling_policy(
+  config: ConfigDict, mesh: Mesh, state: LearnerState, base: Qwen2 | None
+) -> Qwen2 | Adapted:
+  """The policy as it stands, laid out for sampling; `base` is, where there is one."""
+  trained = partitioning.for_sampling(mesh, state.policy.model, config.policy.dtype)
+  return trained if base is None else Adapted(base, trained)

@@ -8,8 +8,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rlver_jax.errors import UserError
+from rlver_jax.models.lora import TARGETS
 from rlver_jax.models.qwen2 import REMAT_POLICIES
-from rlver_jax.rl.losses import AGGREGATIONS
+from rlver_jax.rl.advantages import ESTIMATORS
+from rlver_jax.rl.losses import AGGREGATIONS, KL_ESTIMATORS, POLICY_LOSSES
 
 CHOICES = {
   "policy.dtype": ("float32", "bfloat16"),
@@ -21,7 +23,12 @@ CHOICES = {
   "dialogue.mode": ("direct", "think"),
   "optimizer.schedule": ("constant", "cosine"),
   "optimizer.moment_dtype": ("float32", "bfloat16"),
+  "reward.kind": ("final", "change", "both"),
+  "algorithm.advantage": tuple(ESTIMATORS),
+  "algorithm.loss": POLICY_LOSSES,
   "algorithm.aggregation": AGGREGATIONS,
+  "algorithm.kl_estimator": KL_ESTIMATORS,
+  "algorithm.kl_in": ("loss", "reward"),
 }
 
 # The lowest allowed value of a field.
@@ -34,7 +41,7 @@ AT_LEAST = {
   "simulator.max_message_tokens": 1,
   "simulator.cache_length": 1,
   "dialogue.scenarios_per_step": 1,
-  "dialogue.group_size": 2,
+  "dialogue.group_size": 1,
   "dialogue.max_turns": 1,
   "dialogue.malformed_penalty": 0,
   "sampling.temperature": 0,
@@ -45,11 +52,22 @@ AT_LEAST = {
   "sampling.slots": 0,
   "sampling.decode_steps": 1,
   "sampling.smallest_window": 1,
+  "critic.shared_layers": 0,
+  "critic.learning_rate": 0,
+  "critic.warmup_steps": 0,
+  "critic.value_clip": 0,
+  "lora.policy_rank": 0,
+  "lora.critic_rank": 0,
   "algorithm.clip_low": 0,
   "algorithm.clip_high": 0,
   "algorithm.entropy_coef": 0,
   "algorithm.kl_coef": 0,
+  "algorithm.kl_target": 0,
+  "algorithm.kl_horizon": 1,
+  "algorithm.dynamic_sampling_rounds": 0,
+  "algorithm.importance_cap": 0,
   "algorithm.epochs": 1,
+  "algorithm.minibatches": 1,
   "optimizer.learning_rate": 0,
   "optimizer.weight_decay": 0,
   "training.microbatch": 1,
@@ -61,8 +79,12 @@ AT_LEAST = {
   "log.dialogues_every": 0,
 }
 
-POSITIVE = ("optimizer.eps", "optimizer.max_grad_norm")
-FRACTIONS = ("optimizer.warmup_fraction", "optimizer.b1", "optimizer.b2")  # in [0, 1)
+NUMBERS = ("reward.final_weight", "reward.change_weight")  # of any size
+POSITIVE = ("optimizer.eps", "optimizer.max_grad_norm", "lora.alpha")
+# In [0, 1).
+FRACTIONS = ("optimizer.warmup_fraction", "critic.warmup_fraction", "optimizer.b1", "optimizer.b2")
+# In (0, 1].
+SHARES = ("sampling.top_p", "simulator.top_p", "algorithm.gamma", "algorithm.lam")
 
 # Fields that a run in the same workdir may change: they say how long it goes on and what it
 # keeps, not what a step computes (`steps` also sets the length of warm-up and of a cosine).
@@ -100,7 +122,9 @@ def validate(config: ConfigDict) -> None:
   for field in FRACTIONS:
     if not 0 <= (value := _number(config, field)) < 1:
       raise UserError(f"{field} is {value}, expected a number in [0, 1).")
-  for field in ("sampling.top_p", "simulator.top_p"):
+  for field in NUMBERS:
+    _number(config, field)
+  for field in SHARES:
     if not 0 < (value := _number(config, field)) <= 1:
       raise UserError(f"{field} is {value}, expected a number in (0, 1].")
   d, s, u = config.dialogue, config.sampling, config.training
@@ -110,6 +134,12 @@ def validate(config: ConfigDict) -> None:
       f"training.microbatch is {u.microbatch}, expected a divisor of the {rows} dialogues of a "
       f"step (dialogue.scenarios_per_step * dialogue.group_size)."
     )
+  if rows % (config.algorithm.minibatches * u.microbatch):
+    raise UserError(
+      f"algorithm.minibatches is {config.algorithm.minibatches}, expected a divisor of the "
+      f"{rows // u.microbatch} microbatches of a step."
+    )
+  _validate_algorithm(config)
   if s.slots > rows:
     raise UserError(
       f"sampling.slots is {s.slots}, expected at most the {rows} dialogues of a step."
@@ -132,6 +162,37 @@ def validate(config: ConfigDict) -> None:
     )
 
 
+def _validate_algorithm(config: ConfigDict) -> None:
+  """What the fields of the algorithm, the critic and adapters expect of one another."""
+  a, lora = config.algorithm, config.lora
+  needs = ESTIMATORS[a.advantage]
+  if needs == "group" and config.dialogue.group_size < 2:
+    raise UserError(
+      f"dialogue.group_size is {config.dialogue.group_size}, expected at least 2 with "
+      f"algorithm.advantage '{a.advantage}', which compares the dialogues of a group."
+    )
+  if a.dynamic_sampling_rounds and needs != "group":
+    raise UserError(
+      f"algorithm.dynamic_sampling_rounds is {a.dynamic_sampling_rounds}, expected 0 with "
+      f"algorithm.advantage '{a.advantage}', which does not compare the dialogues of a group."
+    )
+  if a.kl_target and not a.kl_coef:
+    raise UserError(
+      f"algorithm.kl_target is {a.kl_target}, expected 0 where algorithm.kl_coef is 0: there is no "
+      "coefficient to adapt."
+    )
+  if not lora.targets or not set(lora.targets) <= set(TARGETS):
+    raise UserError(
+      f"lora.targets is {tuple(lora.targets)}, expected some of: {', '.join(TARGETS)}."
+    )
+  if lora.critic_rank and (config.critic.shared_layers or config.critic.path):
+    field = "shared_layers" if config.critic.shared_layers else "path"
+    raise UserError(
+      f"critic.{field} is {config.critic[field]!r}, expected none with lora.critic_rank, whose "
+      "adapters stand beside the policy's initial weights."
+    )
+
+
 def flatten(config: ConfigDict) -> dict[str, Any]:
   """Dotted field names with their values, tuples as lists (as JSON keeps them)."""
   flat: dict[str, Any] = {}
@@ -145,6 +206,23 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 
   visit("", config.to_dict())
   return flat
+
+
+def unflatten(flat: dict[str, Any]) -> ConfigDict:
+  """The configuration that `flatten` made `flat` of, but for tuples, which stay lists.
+
+  Raises UserError when it lacks a field that every configuration has.
+  """
+  config = ConfigDict()
+  for field, value in flat.items():
+    section = config
+    *parents, name = field.split(".")
+    for parent in parents:
+      section = section.setdefault(parent, ConfigDict())
+    section[name] = value
+  for field in (*CHOICES, *AT_LEAST):
+    get(config, field)
+  return config
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:

@@ -6,7 +6,6 @@ The newest checkpoint by default. The directory gets config.json, the tokenizer'
 safetensors in bfloat16 (or float32); it must not exist yet, or be empty.
 """
 
-import json
 import pathlib
 
 from absl import flags
@@ -39,39 +38,28 @@ def export(
 
   Raises UserError when there is no such run or checkpoint, or when `out` is taken.
   """
-  from rlver_jax import partitioning
+  from rlver_jax import partitioning, trainables
+  from rlver_jax import workdir as workdir_lib
   from rlver_jax.checkpoint import Checkpoints
-  from rlver_jax.models import hub, source, weights
+  from rlver_jax.models import hub, lora, source, weights
 
-  policy = _policy_fields(workdir)
+  config = workdir_lib.read_config(workdir)
   if out.exists() and not hub.is_empty_directory(out):
     raise UserError(f"--out is {out}, which holds files, expected a new or empty directory.")
-  opened = source.open_source(field="policy.path", **policy)
+  p = config.policy
+  opened = source.open_source(p.path, "policy.path", dtype=p.dtype, param_dtype=p.param_dtype)
   checkpoints = Checkpoints(str(workdir / "checkpoints"), keep=None)
   step = checkpoints.best() if best else checkpoints.latest() if step is None else step
   mesh = partitioning.make_mesh(1, -1, 1)
-  wanted = {"model": weights.abstract_model(opened.config)}
+  wanted = {"policy": {"model": trainables.abstract_policy(config, opened)}}
   wanted = partitioning.abstract(wanted, partitioning.model_shardings(mesh, wanted))
   restored, _ = checkpoints.restore(wanted, step, partial=True)
-  weights.save(restored["model"], out, source=opened.directory, dtype=dtype)
+  model = restored["policy"]["model"]
+  if config.lora.policy_rank:
+    base = source.load_model(opened, mesh, config.seed + trainables.POLICY_WEIGHTS)
+    model = lora.merge(lora.Adapted(base, model))
+  weights.save(model, out, source=opened.directory, dtype=dtype)
   return step
-
-
-def _policy_fields(workdir: pathlib.Path) -> dict[str, str]:
-  """path, dtype and param_dtype of the run's policy."""
-  file = workdir / "config.json"
-  try:
-    flat = json.loads(file.read_text(encoding="utf-8"))
-    return {name: flat[f"policy.{name}"] for name in ("path", "dtype", "param_dtype")}
-  except OSError as error:
-    raise UserError(
-      f"{file} cannot be read ({error.strerror}), expected the folder of a run."
-    ) from error
-  except (ValueError, KeyError, TypeError) as error:
-    raise UserError(
-      f"{file} is not the configuration of a run ({type(error).__name__}: {error}), expected one "
-      f"that rlver_jax.main wrote."
-    ) from error
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ RULES = {
   "kv_heads": ("tensor",),
   "mlp": ("tensor",),
   "norm": (),
+  "rank": (),  # of low-rank adapters
   "head": (),
   "layers": (),
   "length": (),

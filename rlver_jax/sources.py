@@ -16,6 +16,7 @@ from rlver_jax.dialogue.simulators import language_model
 from rlver_jax.errors import UserError
 from rlver_jax.models import source as model_source
 from rlver_jax.models.source import ModelSource
+from rlver_jax.rl.advantages import ESTIMATORS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Sources:
   templates: dict[str, templates_lib.Templates]
   policy: ModelSource
   reference: ModelSource | None
+  critic: ModelSource | None
   simulator: ModelSource | None
 
 
@@ -76,7 +78,38 @@ def open_sources(config: ConfigDict) -> Sources:
         f"reference.path has a vocabulary of {reference.config.vocab_size}, expected the "
         f"policy's, {policy.config.vocab_size}."
       )
-  return Sources(mesh, scenarios, templates, policy, reference, simulator)
+  critic = _open_critic(config, policy)
+  return Sources(mesh, scenarios, templates, policy, reference, critic, simulator)
+
+
+def _open_critic(config: ConfigDict, policy: ModelSource) -> ModelSource | None:
+  """Where the critic starts from, None for estimators without one."""
+  if ESTIMATORS[config.algorithm.advantage] != "critic":
+    return None
+  critic = model_source.open_source(
+    config.critic.path or config.policy.path,
+    "critic.path",
+    dtype=config.policy.dtype,
+    param_dtype=config.policy.param_dtype,
+    remat=config.policy.remat,
+  )
+  if critic.config.vocab_size != policy.config.vocab_size:
+    raise UserError(
+      f"critic.path has a vocabulary of {critic.config.vocab_size}, expected the policy's, "
+      f"{policy.config.vocab_size}."
+    )
+  shared, layers = config.critic.shared_layers, critic.config.num_hidden_layers
+  if shared >= layers:
+    raise UserError(
+      f"critic.shared_layers is {shared}, expected fewer than the critic's {layers} layers."
+    )
+  sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+  if shared and any(getattr(critic.config, s) != getattr(policy.config, s) for s in sizes):
+    raise UserError(
+      f"critic.shared_layers is {shared}, expected 0 with a critic.path whose sizes are not the "
+      "policy's."
+    )
+  return critic
 
 
 def _check_policy_room(

@@ -7,25 +7,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
 from rlver_jax import build as build_lib
 from rlver_jax import config as config_lib
 from rlver_jax import metrics as metrics_lib
-from rlver_jax import partitioning
+from rlver_jax import trainables
 from rlver_jax.checkpoint import Checkpoints
-from rlver_jax.dialogue import emotion as emotion_lib
+from rlver_jax.collect import make_experience, play
 from rlver_jax.dialogue import records
 from rlver_jax.dialogue.dialogue import Dialogue
-from rlver_jax.dialogue.rollout import rollout
-from rlver_jax.dialogue.scenario import batch_indices
 from rlver_jax.errors import UserError
 from rlver_jax.interrupt import Interrupted, Interrupts
-from rlver_jax.rl import advantages as advantages_lib
-from rlver_jax.rl import rows as rows_lib
-from rlver_jax.rl.update import TrainState
+from rlver_jax.rl.learner import LearnerState
 from rlver_jax.sources import Sources
 
 
@@ -54,7 +49,7 @@ def train(
   started = time.perf_counter()
   first, nonfinite = 0, 0
 
-  def restore(abstract_state: TrainState) -> TrainState:
+  def restore(abstract_state: LearnerState) -> LearnerState:
     nonlocal first, nonfinite
     state, saved = checkpoints.restore(abstract_state)
     first, nonfinite = saved["step"], saved["nonfinite"]
@@ -82,26 +77,23 @@ def train(
     for step in range(first, config.steps):
       began = time.perf_counter()
       with timer("rollout"):
-        dialogues = play(config, sources, run, step, interrupts)
+        played = play(config, sources, run, step, interrupts.check)
       with timer("prepare"):
-        rewards = np.array([dialogue_reward(d, config) for d in dialogues])
-        batch, row_metrics = make_batch(config, run, dialogues, rewards)
+        experience, scalars = make_experience(run, played)
       with timer("update"), interrupts.deferred():
-        for _ in range(config.algorithm.epochs):
-          run.state, update_metrics = run.updater.update(run.state, batch)
-        run.policy.engine.model = partitioning.for_sampling(
-          sources.mesh, run.state.model, config.policy.dtype
+        run.state, learned = run.learner.learn(
+          run.state, run.frozen, experience, step=step, seed=config.seed
         )
-        scalars = {k: float(v) for k, v in jax.device_get(update_metrics).items()}
-        done, reward = step + 1, float(rewards.mean())
-        nonfinite = nonfinite + 1 if scalars["update/skipped"] else 0
-      scalars |= metrics_lib.dialogue_metrics(dialogues) | row_metrics
-      scalars["reward/mean"] = reward
-      updates = int(run.state.updates)
-      scalars["update/learning_rate"] = float(run.schedule(max(updates - 1, 0)))
+        run.policy.engine.model = build_lib.sampling_policy(
+          config, sources.mesh, run.state, run.sampling_base
+        )
+        done, reward = step + 1, scalars["reward/mean"]
+        nonfinite = nonfinite + 1 if learned["update/skipped"] else 0
+      scalars |= learned | metrics_lib.dialogue_metrics(played.trained)
+      scalars |= learning_rates(config, run)
       with timer("write"), writing(workdir):
         if config.log.dialogues_every and step % config.log.dialogues_every == 0:
-          write_dialogues(workdir, done, dialogues)
+          write_dialogues(workdir, done, played.all)
       seconds = timer.take()
       scalars |= stage_metrics(run, seconds, scalars)
       scalars |= {
@@ -145,60 +137,22 @@ def writing(workdir: pathlib.Path) -> Iterator[None]:
     ) from error
 
 
-def play(
-  config: ConfigDict,
-  sources: Sources,
-  run: build_lib.Run,
-  step: int,
-  interrupts: Interrupts,
-) -> list[Dialogue]:
-  """The dialogues of one step (0-based)."""
-  d = config.dialogue
-  chosen = batch_indices(len(sources.scenarios), step, d.scenarios_per_step, config.seed)
-  return rollout(
-    run.policy,
-    run.simulator,
-    [sources.scenarios[i] for i in chosen],
-    group_size=d.group_size,
-    rules=run.rules,
-    slots=run.slots,
-    step=step,
-    on_round=interrupts.check,
-  )
-
-
-def dialogue_reward(dialogue: Dialogue, config: ConfigDict) -> float:
-  """max(final emotion, 0) / 100, less the penalty for replies without a well-formed thought."""
-  replies = [turn.reply for turn in dialogue.turns]
-  malformed = sum(not r.well_formed for r in replies) / max(1, len(replies))
-  return emotion_lib.reward(dialogue.emotion) - config.dialogue.malformed_penalty * malformed
-
-
-def make_batch(config: ConfigDict, run: build_lib.Run, dialogues: list[Dialogue], rewards):
-  """The update's batch, and metrics of its rows."""
-  segments = [d.segments for d in dialogues]
-  longest = max(rows_lib.row_length(s) for s in segments)
-  length = next(n for n in run.row_lengths if n >= longest)
-  rows = rows_lib.make_rows(segments, length)
-  advantages = advantages_lib.group_relative(
-    rewards, config.dialogue.group_size, scale=config.algorithm.scale_by_std
-  )
-  metrics = {
-    "rows/length": length,
-    "rows/longest": longest,
-    "rows/trained_tokens": int(rows.mask.sum()),
-    "reward/std": float(np.std(rewards)),
-    "reward/groups_without_signal": float(
-      np.mean(np.abs(advantages.reshape(-1, config.dialogue.group_size)).max(1) < 1e-6)
-    ),
-  }
-  return run.updater.batch(rows, advantages, run.reference), metrics
-
-
 def write_dialogues(workdir: pathlib.Path, step: int, dialogues: list[Dialogue]) -> None:
   """Keeps a step's dialogues, from one process."""
   if jax.process_index() == 0:
     records.write(workdir / "dialogues" / f"step_{step:06d}.jsonl", dialogues)
+
+
+def learning_rates(config: ConfigDict, run: build_lib.Run) -> dict[str, float]:
+  """The rate of the last applied update of each model."""
+  trained = {"update": ("policy", run.state.policy), "critic": ("critic", run.state.critic)}
+  return {
+    f"{group}/learning_rate": float(
+      trainables.make_schedule(config, name)(max(int(state.updates) - 1, 0))
+    )
+    for group, (name, state) in trained.items()
+    if state is not None
+  }
 
 
 def stage_metrics(run: build_lib.Run, seconds: dict[str, float], scalars: dict) -> dict[str, float]:

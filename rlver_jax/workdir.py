@@ -51,6 +51,26 @@ def claim(workdir: str, config: ConfigDict) -> pathlib.Path:
   return path
 
 
+def read_config(workdir: str | os.PathLike) -> ConfigDict:
+  """The configuration of the run in this folder (tuples are lists).
+
+  Raises UserError when the folder holds no run.
+  """
+  file = pathlib.Path(workdir) / "config.json"
+  try:
+    flat = json.loads(file.read_text(encoding="utf-8"))
+    return config_lib.unflatten(flat)
+  except OSError as error:
+    raise UserError(
+      f"{file} cannot be read ({error.strerror}), expected the folder of a run."
+    ) from error
+  except (ValueError, AttributeError, TypeError) as error:
+    raise UserError(
+      f"{file} is not the configuration of a run ({type(error).__name__}: {error}), expected one "
+      "that rlver_jax.main wrote."
+    ) from error
+
+
 def _check(path: pathlib.Path, old: Any, new: dict[str, Any]) -> None:
   if not isinstance(old, dict):
     raise ValueError(f"found a {type(old).__name__}")

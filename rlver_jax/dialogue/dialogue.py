@@ -104,6 +104,7 @@ class Dialogue:
   index: its place in the batch; with (seed, step, turn) it determines all its randomness.
   group: dialogues of one group share a scenario.
   segments: the policy's view as token ids, kept by `policy.py`.
+  greedy: the policy takes the most probable tokens (the dialogue is a baseline, not trained on).
   """
 
   index: int
@@ -117,6 +118,7 @@ class Dialogue:
   segments: list[Segment] = dataclasses.field(default_factory=list)
   end: str = ""  # why it ended: goodbye, success, failure, turns, length
   pending: tuple = ()  # answers of the turn in progress
+  greedy: bool = False
 
   def __post_init__(self):
     self.emotion = self.rules.initial_emotion

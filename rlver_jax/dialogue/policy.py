@@ -78,7 +78,7 @@ class Policy:
       self._answers[slot] = NoRoom()
       return
     numbers = (self._step, dialogue.index, dialogue.turn, POLICY_CALL)
-    self.engine.submit(slot, Request(context, numbers, budget))
+    self.engine.submit(slot, Request(context, numbers, budget, dialogue.greedy))
 
   def poll(self) -> dict[int, Answer]:
     """The replies that are complete, by slot."""

@@ -41,6 +41,7 @@ def record(dialogue: Dialogue) -> dict[str, Any]:
     "dialogue": dialogue.index,
     "group": dialogue.group,
     "end": dialogue.end,
+    "greedy": dialogue.greedy,
     "tokens": {
       "policy": sum(reply.sampled_tokens for reply in replies),
       "simulator": simulator_tokens(dialogue),

@@ -22,6 +22,8 @@ def rollout(
   rules: Rules,
   slots: int,
   step: int,
+  first_group: int = 0,
+  baselines: bool = False,
   on_round: Callable[[], None] = lambda: None,
 ) -> list[Dialogue]:
   """Plays `group_size` dialogues for each scenario to their ends.
@@ -29,15 +31,19 @@ def rollout(
   Args:
     slots: dialogues under way at once; a finished one's slot goes to the next in line.
     step: enters the randomness, with the seed that the engines hold.
+    first_group: number of the first group; it enters the randomness by way of `Dialogue.index`.
+    baselines: play one more dialogue of each group, last of its group, in which the policy is
+      greedy.
     on_round: called once a round; what it raises ends the rollout.
 
   Returns:
-    The dialogues in batch order: those of scenario g are `group_size` neighbours.
+    The dialogues in batch order: those of one scenario are neighbours.
   """
+  size = group_size + baselines
   dialogues = [
-    Dialogue(index=group * group_size + i, group=group, scenario=scenario, rules=rules)
-    for group, scenario in enumerate(scenarios)
-    for i in range(group_size)
+    Dialogue(group * size + i, group, scenario, rules, greedy=i == group_size)
+    for group, scenario in enumerate(scenarios, first_group)
+    for i in range(size)
   ]
   policy.start(step)
   simulator.start(step)

@@ -15,9 +15,8 @@ import json
 import pathlib
 import re
 
-import numpy as np
-
 from rlver_jax.errors import UserError
+from rlver_jax.permutation import permutation
 
 EMOTIONAL = ("listen", "empathy", "praise", "agree")
 RATIONAL = ("advice", "reflect", "balance", "motives")
@@ -166,16 +165,9 @@ def batch_indices(length: int, step: int, batch_size: int, seed: int) -> list[in
   indices = []
   while len(indices) < batch_size:
     epoch, start = divmod(position + len(indices), length)
-    order = _permutation(length, seed, epoch)
+    order = permutation(length, seed, epoch)
     indices += order[start : start + batch_size - len(indices)].tolist()
   return indices
-
-
-def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
-  # Sorting raw words and not `Generator.permutation`: NumPy keeps a bit generator's stream the
-  # same for good, but may change a distribution's, and a resumed run must not notice.
-  bits = np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64))
-  return np.argsort(bits.random_raw(length), kind="stable")
 
 
 def _intention(task: str, where: str) -> str:

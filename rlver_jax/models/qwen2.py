@@ -29,6 +29,17 @@ REMAT_POLICIES = {
 # attention(q_BTHK, k_BTGK, v_BTGK, layer, state) -> (out_BTHK, state)
 Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
+# The linear maps of a layer: what each does to its input (left) with its weight (right).
+LINEAR = {
+  "q": "btd,dhk->bthk",
+  "k": "btd,dgk->btgk",
+  "v": "btd,dgk->btgk",
+  "o": "bthk,hkd->btd",
+  "gate": "btd,df->btf",
+  "up": "btd,df->btf",
+  "down": "btf,fd->btd",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Qwen2Config:
@@ -82,27 +93,30 @@ class Block(nnx.Module):
     self.up = normal(D, F, axes=("embed", "mlp"))
     self.down = normal(F, D, axes=("mlp", "embed"))
 
-  def __call__(self, x_BTD, rope, attention: Attention, layer, state):
+  def __call__(self, x_BTD, rope, attention: Attention, layer, state, adapters=None):
+    """`adapters`, for this layer, adds to the linear maps that it names (see `lora.py`)."""
     c = self.config
 
-    def weight(param):
-      return param[...].astype(c.dtype)
+    def linear(name, x):
+      y = jnp.einsum(LINEAR[name], x, getattr(self, name)[...].astype(c.dtype))
+      if adapters is not None and name in adapters:
+        y += adapters[name](LINEAR[name], x)
+      return y
 
     h_BTD = rms_norm(x_BTD, self.attention_norm[...], c.rms_norm_eps)
-    q_BTHK = jnp.einsum("btd,dhk->bthk", h_BTD, weight(self.q)) + weight(self.q_bias)
-    k_BTGK = jnp.einsum("btd,dgk->btgk", h_BTD, weight(self.k)) + weight(self.k_bias)
-    v_BTGK = jnp.einsum("btd,dgk->btgk", h_BTD, weight(self.v)) + weight(self.v_bias)
+    q_BTHK = linear("q", h_BTD) + self.q_bias[...].astype(c.dtype)
+    k_BTGK = linear("k", h_BTD) + self.k_bias[...].astype(c.dtype)
+    v_BTGK = linear("v", h_BTD) + self.v_bias[...].astype(c.dtype)
     q_BTHK, k_BTGK, v_BTGK = (
       _rows_apart(x, heads)
       for x, heads in ((q_BTHK, "heads"), (k_BTGK, "kv_heads"), (v_BTGK, "kv_heads"))
     )
     out_BTHK, state = attention(rotate(q_BTHK, rope), rotate(k_BTGK, rope), v_BTGK, layer, state)
     out_BTHK = constrain(out_BTHK, "stream", "length", "heads", "head")
-    x_BTD += jnp.einsum("bthk,hkd->btd", out_BTHK, weight(self.o))
+    x_BTD += linear("o", out_BTHK)
     x_BTD = constrain(x_BTD, "stream", "length", "whole")
     h_BTD = rms_norm(x_BTD, self.mlp_norm[...], c.rms_norm_eps)
-    gated_BTF = jax.nn.silu(h_BTD @ weight(self.gate)) * (h_BTD @ weight(self.up))
-    x_BTD += gated_BTF @ weight(self.down)
+    x_BTD += linear("down", jax.nn.silu(linear("gate", h_BTD)) * linear("up", h_BTD))
     return constrain(x_BTD, "stream", "length", "whole"), state
 
 
@@ -139,33 +153,68 @@ class Qwen2(nnx.Module):
     self.head = None if c.tie_word_embeddings else table(head_key)
 
   def __call__(
-    self, tokens_BT: jax.Array, positions_BT: jax.Array, attention: Attention, state: Any = None
+    self,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    attention: Attention,
+    state: Any = None,
+    adapters: Any = None,
   ) -> tuple[jax.Array, Any]:
     """Final hidden states of `tokens_BT` (int32) at `positions_BT` (int32, for the rotation).
 
     `state` (a cache, or None) travels through the layers in the scan's carry, where XLA
-    updates it in place. Returns (hidden_BTD after the last norm, state).
+    updates it in place; `adapters` (see `lora.py`) or None are added to the linear maps. Returns
+    (hidden_BTD after the last norm, state).
     """
     c = self.config
-    # Each device looks up its part of the width for all rows of its `data` group, and then rows
-    # take the place of the width. Left to itself XLA holds every row of the batch for this.
-    x_BTD = constrain(self.embed[...][tokens_BT].astype(c.dtype), "data_rows", "length", "embed")
-    x_BTD = constrain(x_BTD, "stream", "length", "whole")
-    rope = rotation(positions_BT, c.head_dim, c.rope_theta)
-
-    def step(carry, layer):
-      block, index = layer
-      return block(carry[0], rope, attention, index, carry[1]), None
-
-    if REMAT_POLICIES[c.remat] is not None:
-      step = jax.checkpoint(step, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
-    layers = (self.layers, jnp.arange(c.num_hidden_layers))
-    (x_BTD, state), _ = jax.lax.scan(step, (x_BTD, state), layers)
+    x_BTD = embed(self.embed[...], tokens_BT, c.dtype)
+    x_BTD, state = run_layers(c, self.layers, x_BTD, positions_BT, attention, state, adapters)
     return rms_norm(x_BTD, self.norm[...], c.rms_norm_eps), state
 
   def unembedding(self) -> jax.Array:
     """The vocabulary projection, [V, D] in the compute dtype: logits = hidden @ its transpose."""
     return (self.embed if self.head is None else self.head)[...].astype(self.config.dtype)
+
+
+def embed(table_VD: jax.Array, tokens_BT: jax.Array, dtype: str) -> jax.Array:
+  """The tokens' rows of the table, [B, T, D]."""
+  # Each device looks up its part of the width for all rows of its `data` group, and then rows
+  # take the place of the width. Left to itself XLA holds every row of the batch for this.
+  x_BTD = constrain(table_VD[tokens_BT].astype(dtype), "data_rows", "length", "embed")
+  return constrain(x_BTD, "stream", "length", "whole")
+
+
+def run_layers(
+  config: Qwen2Config,
+  layers: Block,
+  x_BTD: jax.Array,
+  positions_BT: jax.Array,
+  attention: Attention,
+  state: Any = None,
+  adapters: Any = None,
+  *,
+  lowest: int | None = None,
+) -> tuple[jax.Array, Any]:
+  """Scans a stack of layers, or the `lowest` so many of it; arguments as of `Qwen2.__call__`."""
+  rope = rotation(positions_BT, config.head_dim, config.rope_theta)
+  count = jax.tree.leaves(layers)[0].shape[0]
+
+  def step(carry, layer):
+    (block, adapters), index = layer
+    return block(carry[0], rope, attention, index, carry[1], adapters), None
+
+  def picked(carry, index):  # a layer at a time: a slice of the stack would be a second copy
+    one = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), stack)
+    return step(carry, (one, index))
+
+  stack = (layers, adapters)
+  if lowest is not None and lowest < count:
+    body, xs = picked, jnp.arange(lowest)
+  else:
+    body, xs = step, (stack, jnp.arange(count))
+  if REMAT_POLICIES[config.remat] is not None:
+    body = jax.checkpoint(body, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+  return jax.lax.scan(body, (x_BTD, state), xs)[0]
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:

@@ -39,6 +39,22 @@ def _trained(segments: Sequence[Segment]) -> Sequence[Segment]:
   return segments[: last + 1]
 
 
+def place_rewards(
+  dialogues: Sequence[Sequence[Segment]], rewards: Sequence[Sequence[float]], length: int
+) -> np.ndarray:
+  """Rewards at the last token of what they reward: float32 [B, length], zero elsewhere.
+
+  rewards: of each dialogue, one for each of its sampled segments, in order.
+  """
+  placed = np.zeros((len(dialogues), length), np.float32)
+  for row, segments, values in zip(placed, dialogues, rewards, strict=True):
+    trained = _trained(segments)
+    ends = np.cumsum([len(s.ids) for s in trained], dtype=int)
+    sampled = [end - 1 for s, end in zip(trained, ends, strict=True) if s.logprobs is not None]
+    row[sampled] = values
+  return placed
+
+
 def make_rows(dialogues: Sequence[Sequence[Segment]], length: int) -> Rows:
   """One padded row of `length` tokens for each list of segments.
 

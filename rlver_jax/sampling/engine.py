@@ -125,15 +125,18 @@ class Engine:
       rows = self._rows({s: self._pending(*job) for s, job in self._jobs.items()})
       numbers = np.zeros((self.settings.slots, 5), np.uint32)
       drawn, budget = np.zeros((2, self.settings.slots), np.int32)
+      greedy = np.zeros(self.settings.slots, bool)
       for slot, (request, sample) in self._jobs.items():
         numbers[slot] = (self._seed, *request.numbers)
         drawn[slot], budget[slot] = len(sample.ids), request.max_new_tokens
+        greedy[slot] = request.greedy
       limit = min(self.settings.decode_steps, int(np.max(budget - drawn)))
       # A row never draws past its budget, so its context never outgrows what `submit` checked.
       ends = rows["start"] + np.minimum(limit, budget - drawn)
       self._cache, result = self._run(
         "decode", {"window": self._window(ends)},
-        self._cache, rows["start"], rows["pending"], numbers, drawn, budget, np.int32(limit),
+        self._cache, rows["start"], rows["pending"], numbers, drawn, budget, greedy,
+        np.int32(limit),
       )  # fmt: skip
       return self._take(programs.Drawn(*(np.asarray(x) for x in result)))
 
@@ -281,7 +284,7 @@ class Engine:
     ]
     for window in self.settings.windows:
       static = {"window": window}
-      decode = (*rows, numbers, ints(slots), ints(slots), np.int32(0))
+      decode = (*rows, numbers, ints(slots), ints(slots), np.zeros(slots, bool), np.int32(0))
       wanted.append(("decode", static, decode))
       if self._choices is not None:
         wanted.append(("score", static, rows))

@@ -115,6 +115,7 @@ def decode(
   numbers_B5: jax.Array,
   drawn_B: jax.Array,
   budget_B: jax.Array,
+  greedy_B: jax.Array,
   limit: jax.Array,
   *,
   window: int,
@@ -130,6 +131,7 @@ def decode(
     drawn_B: tokens of this answer drawn by earlier calls; the n-th token of an answer uses the
       row's key folded with n, whatever call it falls in.
     budget_B: how many tokens the answer may have in all; 0 for a row that is not sampled.
+    greedy_B: bool, rows that take the most probable token whatever the temperature.
     limit: at most this many now, <= `steps` (the static size of the result).
 
   Returns:
@@ -152,7 +154,9 @@ def decode(
     )
     # Each device multiplies with its part of the vocabulary, and draws for its part of the rows.
     logits_BV = constrain(constrain(logits_BV, "stream", "vocab"), "batch", "whole")
-    token, logprob = draw(logits_BV, jax.vmap(jax.random.fold_in)(keys_B, s["drawn"]), sampling)
+    token, logprob = draw(
+      logits_BV, jax.vmap(jax.random.fold_in)(keys_B, s["drawn"]), sampling, greedy_B
+    )
     drawn = s["drawn"] + live
     stopped = live & jnp.isin(token, stop_ids)
     return {

@@ -25,11 +25,13 @@ class EngineSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """Ids the slot must hold, the numbers of its key (with the seed in front), most new tokens."""
+  """Ids the slot must hold, the numbers of its key (with the seed in front), most new tokens, and
+  whether the most probable token is taken whatever the engine's temperature."""
 
   ids: tuple[int, ...]
   numbers: tuple[int, int, int, int]  # step, dialogue, turn, call
   max_new_tokens: int
+  greedy: bool = False
 
 
 @dataclasses.dataclass

@@ -24,7 +24,7 @@ def row_key(numbers: jax.Array) -> jax.Array:
 
 
 def draw(
-  logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling
+  logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling, greedy_B: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
   """Draws one token per row.
 
@@ -32,6 +32,7 @@ def draw(
     logits_BV: float32.
     keys_B: one key per row.
     sampling: static.
+    greedy_B: bool, rows that take the most probable token whatever the temperature; None: no row.
 
   Returns:
     (tokens_B int32, logprobs_B float32): the log-probability is that of the whole distribution
@@ -43,6 +44,12 @@ def draw(
   mass_BV = jnp.exp(logits_BV - top_B1)
   if sampling.temperature > 0:
     tokens_B = jax.vmap(_draw_row)(keys_B, _keep(mass_BV, sampling))
+    if greedy_B is not None:
+      tokens_B = jax.lax.cond(
+        jnp.any(greedy_B),
+        lambda: jnp.where(greedy_B, jnp.argmax(logits_BV, -1), tokens_B),
+        lambda: tokens_B,
+      )
   else:
     tokens_B = jnp.argmax(logits_BV, -1)
   chosen_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], 1)[:, 0]

@@ -1,0 +1,41 @@
+"""What a dialogue earns, and when: the emotion it ended with, or each change of emotion."""
+
+import dataclasses
+
+from rlver_jax.dialogue import emotion as emotion_lib
+from rlver_jax.dialogue.dialogue import Dialogue
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardSettings:
+  """Fields as in configs/common.py, section `reward`, and `dialogue.malformed_penalty`."""
+
+  kind: str
+  final_weight: float
+  change_weight: float
+  malformed_penalty: float
+
+
+def turn_rewards(dialogue: Dialogue, settings: RewardSettings) -> list[float]:
+  """The reward of each of the policy's replies, in order; their sum is the dialogue's.
+
+  The last reply earns max(final emotion, 0) / 100 (`final`, `both`), less the penalty times the
+  share of replies without a well-formed thought; each reply earns the change of emotion that
+  followed / 100 (`change`, `both`; a last reply that was not appraised earns none). Empty for a
+  dialogue without replies.
+  """
+  replies = [turn.reply for turn in dialogue.turns]
+  replies += [dialogue.pending[0]] if dialogue.pending else []
+  if not replies:
+    return []
+  rewards = [0.0] * len(replies)
+  if settings.kind != "final":
+    emotions = [dialogue.rules.initial_emotion, *(turn.emotion for turn in dialogue.turns)]
+    for i in range(len(dialogue.turns)):
+      change = emotions[i + 1] - emotions[i]
+      rewards[i] += settings.change_weight * change / emotion_lib.MAX_EMOTION
+  if settings.kind != "change":
+    rewards[-1] += settings.final_weight * emotion_lib.reward(dialogue.emotion)
+  malformed = sum(not reply.well_formed for reply in replies) / len(replies)
+  rewards[-1] -= settings.malformed_penalty * malformed
+  return rewards
