@@ -14,8 +14,10 @@ import optax
 
 from benchmarks import peer
 from rlver_jax import partitioning
+from rlver_jax.rl.learner import Learner
+from rlver_jax.rl.prepare import Experience, Frozen, LearnerSettings
 from rlver_jax.rl.rows import Rows
-from rlver_jax.rl.update import Updater, UpdateSettings
+from rlver_jax.rl.update import LossSettings
 
 
 def main() -> None:
@@ -32,26 +34,49 @@ def main() -> None:
     mask=mask,
     logprobs=np.full(shape, -12, np.float32),
   )
-  settings = UpdateSettings(
-    microbatch=args.batch // args.chunks,
+  loss = LossSettings(
+    policy_loss="clip",
     temperature=1.0,
     clip_low=0.2,
     clip_high=0.2,
     entropy_coef=0.0,
-    kl_coef=0.0,
-    aggregation="token_mean",
-    aggregation_constant=1.0,
-    max_grad_norm=1.0,
+    kl_estimator="k3",
+    kl_in_loss=False,
+    value_clip=0.5,
     logprob_chunk=512,
   )
-  updater = Updater(partitioning.make_mesh(1, 1, 1), optax.adamw(1e-6), settings, model)
-  state = updater.init(model)
-  updater.compile(args.batch, (args.length,), reference=None)
+  settings = LearnerSettings(
+    loss=loss,
+    estimator="remax",
+    aggregation="token_mean",
+    aggregation_constant=1.0,
+    whiten=False,
+    gamma=1.0,
+    lam=1.0,
+    kl_in_reward=False,
+    kl_coef=0.0,
+    kl_target=0.0,
+    kl_horizon=1.0,
+    importance_cap=0.0,
+    epochs=1,
+    minibatches=1,
+    microbatch=args.batch // args.chunks,
+    groups=args.batch,
+    max_grad_norm=1.0,
+    critic_warmup_steps=0,
+  )
+  learner = Learner(partitioning.make_mesh(1, 1, 1), settings, optax.adamw(1e-6), model)
+  state = learner.init(model)
+  learner.compile(args.batch, (args.length,), Frozen())
   seconds = []
-  for _ in range(args.repeats + 1):
+  for repeat in range(args.repeats + 1):
     start = time.perf_counter()
-    batch = updater.batch(rows, numbers.standard_normal(args.batch))
-    state, _ = jax.block_until_ready(updater.update(state, batch))
+    rewards = np.zeros(shape, np.float32)
+    rewards[:, -1] = numbers.standard_normal(args.batch)
+    groups = np.arange(args.batch, dtype=np.int32)
+    experience = Experience(rows, rewards, groups, np.zeros(args.batch, np.float32))
+    state, _ = learner.learn(state, Frozen(), experience, step=repeat, seed=0)
+    jax.block_until_ready(state)
     seconds.append(time.perf_counter() - start)
   peer.report("update", args.batch * args.length, seconds[1:], args, directory)
 

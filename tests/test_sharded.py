@@ -18,6 +18,7 @@ import pytest
 
 ONE, ALL_AXES, FSDP = (1, 1, 1), (2, 2, 2), (1, 8, 1)
 B1 = 0.9
+REWARDS = (0, 1, 3, 2, 5, 5, 0, 2)
 COLLECTIVE = re.compile(
   r" = (.*) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 )
@@ -50,8 +51,8 @@ def work(mesh: tuple[int, int, int], folder: pathlib.Path) -> None:
   from rlver_jax import config as config_lib
   from rlver_jax.dialogue.rollout import rollout
   from rlver_jax.partitioning import bytes_per_device, for_sampling
-  from rlver_jax.rl.advantages import group_relative
-  from rlver_jax.rl.rows import make_rows, row_length
+  from rlver_jax.rl.prepare import Experience
+  from rlver_jax.rl.rows import make_rows, place_rewards, row_length
   from rlver_jax.sources import open_sources
 
   config = grpo.get_config("tiny")
@@ -95,9 +96,9 @@ def work(mesh: tuple[int, int, int], folder: pathlib.Path) -> None:
     sizes[f"messages{step}"] = [d.user_messages for d in dialogues]
     return segments
 
-  measure("parameters before", run.state.model)
-  measure("moments before", run.state.opt_state)
-  measure("reference", run.reference)
+  measure("parameters before", run.state.policy.model)
+  measure("moments before", run.state.policy.opt_state)
+  measure("reference", run.frozen.reference)
   for name, engine in run.engines():
     measure(f"{name} model", engine.model)
     measure(f"{name} cache", engine._cache)
@@ -105,26 +106,32 @@ def work(mesh: tuple[int, int, int], folder: pathlib.Path) -> None:
 
   segments = play(0)
   rows = make_rows(segments, run.row_lengths[0])
-  reference = jax.tree.map(lambda x: 1.05 * x, run.reference)
-  advantages = group_relative(np.float32([0, 1, 3, 2, 5, 5, 0, 2]), 4)
-  batch = run.updater.batch(rows, advantages, reference)
+  frozen = run.frozen._replace(reference=jax.tree.map(lambda x: 1.05 * x, run.frozen.reference))
+  turns = [sum(s.logprobs is not None for s in d) for d in segments]
+  rewards = [[0.0] * (n - 1) + [r] for n, r in zip(turns, REWARDS, strict=True)]
+  placed = place_rewards(segments, rewards, rows.tokens.shape[1])
+  experience = Experience(rows, placed, np.int32([0] * 4 + [1] * 4), np.zeros(8, np.float32))
+  batch, *_ = run.learner.prepare(run.state, frozen, experience, step=0, seed=0)
   measure("batch", batch)
   arrays["reference_logprobs"] = np.asarray(batch.reference_logprobs)
-  run.state, metrics = run.updater.update(run.state, batch)
-  measure("parameters after", run.state.model)
-  measure("moments after", run.state.opt_state)
-  for name, tree in (("parameter", run.state.model), ("moment", run.state.opt_state[0].mu)):
+  run.state, metrics = run.learner.learn(run.state, frozen, experience, step=0, seed=0)
+  measure("parameters after", run.state.policy.model)
+  measure("moments after", run.state.policy.opt_state)
+  for name, tree in (
+    ("parameter", run.state.policy.model),
+    ("moment", run.state.policy.opt_state[0].mu),
+  ):
     arrays.update({f"{name}_{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(tree))})
   arrays.update({name: np.asarray(x) for name, x in metrics.items()})
-  for (program, _), compiled in run.updater._compiled.items():
+  for (program, _), compiled in run.learner._compiled.items():
     sizes[f"{program} temporaries"] = compiled.memory_analysis().temp_size_in_bytes
 
-  run.policy.engine.model = for_sampling(sources.mesh, run.state.model, "float32")
+  run.policy.engine.model = for_sampling(sources.mesh, run.state.policy.model, "float32")
   play(1)
   for name, engine in run.engines():
     measure(f"{name} cache after", engine._cache)
     measure(f"{name} prefixes after", engine._prefixes)
-  half = for_sampling(sources.mesh, run.state.model, "bfloat16")
+  half = for_sampling(sources.mesh, run.state.policy.model, "bfloat16")
   measure("sampling copy", half)
   sizes["moves"] = {name: largest_moves(engine) for name, engine in run.engines()}
 
@@ -242,7 +249,7 @@ def test_decoding_moves_activations_but_no_weights(many):
 
 def test_activations_are_cut_too(many, one):
   """Every device works on its own rows: the temporaries of 8 devices are those of one."""
-  for program in ("update", "score"):
+  for program in ("policy", "prepare"):
     together = 8 * many.sizes[f"{program} temporaries"]
     assert together <= 1.4 * one.sizes[f"{program} temporaries"], program
 
