@@ -377,6 +377,38 @@ def test_every_field_of_the_configuration_is_read_by_a_run(model_run, ppo_run):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"algorithm.advantage": "remax", "algorithm.kl_coef": 0.1, "algorithm.kl_in": "reward"},
+    {"algorithm.advantage": "reinforce_pp", "reward.kind": "change"},
+    {
+      "algorithm.advantage": "rloo",
+      "algorithm.loss": "gspo",
+      "algorithm.dynamic_sampling_rounds": 1,
+    },
+    {"algorithm.advantage": "gae", "lora.critic_rank": 2, "dialogue.group_size": 2},
+  ],
+  ids=lambda changes: changes["algorithm.advantage"],
+)
+def test_the_other_estimators_run(changes, tmp_path):
+  settings = runs.config(**changes | {"steps": 2})
+  runs.play(settings, tmp_path)
+  records = runs.metrics(tmp_path)
+  assert [record["update/skipped"] for record in records] == [0, 0]
+  for record in records:
+    kept = dialogues(tmp_path, record["step"])
+    greedy = [d for d in kept if d["greedy"]]
+    trained = kept[:4]
+    assert len(greedy) == (2 if changes["algorithm.advantage"] == "remax" else 0)
+    assert record["rows/trained_tokens"] == sum(d["tokens"]["policy"] for d in trained)
+    replaced = record.get("reward/groups_replaced", 0)
+    assert len(kept) == 4 + len(greedy) + 2 * replaced
+  if "algorithm.dynamic_sampling_rounds" in changes:
+    assert sum(record["reward/groups_replaced"] for record in records) > 0
+
+
+@pytest.mark.slow
 def test_thinking_epochs_and_the_penalty(tmp_path):
   changes = {
     "dialogue.mode": "think",
