@@ -8,6 +8,7 @@ import collections
 from collections.abc import Callable, Sequence
 
 from rlver_jax.dialogue.dialogue import Dialogue, Rules, Stage
+from rlver_jax.dialogue.levels import Level
 from rlver_jax.dialogue.policy import Policy
 from rlver_jax.dialogue.scenario import Scenario
 from rlver_jax.dialogue.simulators.base import Simulator
@@ -22,6 +23,7 @@ def rollout(
   rules: Rules,
   slots: int,
   step: int,
+  levels: Sequence[Level] | None = None,
   on_round: Callable[[], None] = lambda: None,
 ) -> list[Dialogue]:
   """Plays `group_size` dialogues for each scenario to their ends.
@@ -29,13 +31,15 @@ def rollout(
   Args:
     slots: dialogues under way at once; a finished one's slot goes to the next in line.
     step: enters the randomness, with the seed that the engines hold.
+    levels: how hard the user of each scenario is; None: as `rules` say.
     on_round: called once a round; what it raises ends the rollout.
 
   Returns:
     The dialogues in batch order: those of scenario g are `group_size` neighbours.
   """
+  rules_of = [rules] * len(scenarios) if levels is None else [rules.at(level) for level in levels]
   dialogues = [
-    Dialogue(index=group * group_size + i, group=group, scenario=scenario, rules=rules)
+    Dialogue(index=group * group_size + i, group=group, scenario=scenario, rules=rules_of[group])
     for group, scenario in enumerate(scenarios)
     for i in range(group_size)
   ]
