@@ -18,6 +18,8 @@ from rlver_jax.checkpoint import Checkpoints
 from rlver_jax.dialogue import emotion as emotion_lib
 from rlver_jax.dialogue import records
 from rlver_jax.dialogue.dialogue import Dialogue
+from rlver_jax.dialogue.environment import level_metrics
+from rlver_jax.dialogue.levels import Level
 from rlver_jax.dialogue.rollout import rollout
 from rlver_jax.dialogue.scenario import batch_indices
 from rlver_jax.errors import UserError
@@ -52,11 +54,13 @@ def train(
   print("Loading models and compiling ...", flush=True)
   started = time.perf_counter()
   first, nonfinite = 0, 0
+  environment = build_lib.build_environment(config)
 
   def restore(abstract_state: TrainState) -> TrainState:
     nonlocal first, nonfinite
     state, saved = checkpoints.restore(abstract_state)
     first, nonfinite = saved["step"], saved["nonfinite"]
+    environment.restore(saved)
     return state
 
   resumed = checkpoints.latest() is not None
@@ -73,7 +77,7 @@ def train(
   def save(step: int, reward: float) -> None:
     if checkpoints.latest() != step:
       metadata = {"step": step, "nonfinite": nonfinite, "config": config_lib.digest(config)}
-      checkpoints.save(step, run.state, metadata, reward)
+      checkpoints.save(step, run.state, metadata | environment.state(), reward)
 
   done, reward = first, float("nan")
   timer = metrics_lib.StageTimer()
@@ -81,7 +85,8 @@ def train(
     for step in range(first, config.steps):
       began = time.perf_counter()
       with timer("rollout"):
-        dialogues = play(config, sources, run, step, interrupts)
+        levels = environment.levels(step, config.dialogue.scenarios_per_step)
+        dialogues = play(config, sources, run, step, levels, interrupts)
       with timer("prepare"):
         rewards = np.array([dialogue_reward(d, config) for d in dialogues])
         batch, row_metrics = make_batch(config, run, dialogues, rewards)
@@ -92,7 +97,8 @@ def train(
         scalars = {k: float(v) for k, v in jax.device_get(update_metrics).items()}
         done, reward = step + 1, float(rewards.mean())
         nonfinite = nonfinite + 1 if scalars["update/skipped"] else 0
-      scalars |= metrics_lib.dialogue_metrics(dialogues) | row_metrics
+        environment.observe(dialogues)
+      scalars |= metrics_lib.dialogue_metrics(dialogues) | level_metrics(dialogues) | row_metrics
       scalars["reward/mean"] = reward
       updates = int(run.state.updates)
       scalars["update/learning_rate"] = float(run.schedule(max(updates - 1, 0)))
@@ -147,9 +153,10 @@ def play(
   sources: Sources,
   run: build_lib.Run,
   step: int,
+  levels: list[Level],
   interrupts: Interrupts,
 ) -> list[Dialogue]:
-  """The dialogues of one step (0-based)."""
+  """The dialogues of one step (0-based), the scenarios' users at these levels."""
   d = config.dialogue
   chosen = batch_indices(len(sources.scenarios), step, d.scenarios_per_step, config.seed)
   return rollout(
@@ -160,6 +167,7 @@ def play(
     rules=run.rules,
     slots=run.slots,
     step=step,
+    levels=levels,
     on_round=interrupts.check,
   )
 
