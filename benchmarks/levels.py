@@ -51,7 +51,7 @@ def main() -> None:
   print(f"{'user':<15} {'level':<12}" + "".join(f"{name:>9}" for name in COLUMNS))
   rows: dict[str, list[dict]] = {}
   for language in LANGUAGES:
-    config = configuration(args.model, language)
+    config = configuration(args.model, language, min(8, args.scenarios or 8))
     sources = open_sources(config)
     simulator = build.build_simulator(config, sources)
     if engine := getattr(simulator, "engine", None):
@@ -67,12 +67,12 @@ def main() -> None:
     _print("both", Level(name), mean)
 
 
-def configuration(model: str | None, language: str) -> ConfigDict:
+def configuration(model: str | None, language: str, slots: int = 8) -> ConfigDict:
   """A run's configuration with the simulated user that was asked for, all levels in play."""
   config = grpo.get_config("qwen2.5-0.5b" if model else "tiny")
   config.environment.level = "curriculum"
   config.data.path = language
-  config.sampling.slots = 8
+  config.sampling.slots = slots
   if not model:
     config.simulator.kind = "scripted"
     return config

@@ -1,7 +1,7 @@
 """How hard a simulated user is: where it starts, how openly it shows its need, what it accepts.
 
-RLVER (arXiv 2507.03112, section 4) trains with users of two kinds, one of which accepts less and
-shows less, and finds the moderate one the better teacher. Here a level is a set of numbers and
+RLVER (arXiv 2507.03112) trains with users of two kinds, one of which accepts less and shows less,
+and finds that the moderate one can be the better teacher. Here a level is a set of numbers and
 template texts of its own (`prompts/{level}/`, see `templates.py`), so that each of the things
 that make a user hard can be changed by itself. `vanilla` is the published set-up and changes
 nothing. `environment.py` says which level a dialogue has.
