@@ -108,6 +108,50 @@ def _published(path: str) -> dict:
       # Taken from the reward for the share of replies without a well-formed thought (think).
       "malformed_penalty": 0.0,
     },
+    # How hard the simulated user is: its prompts (simulator.templates) and the numbers below.
+    "environment": {
+      # For every dialogue easy, vanilla (the published set-up) or challenging; or mixture (drawn
+      # for each scenario of a step, by `weights`) or curriculum (moves between the three).
+      "level": "vanilla",
+      # How often a mixture draws a level, in proportion; 0: never.
+      "weights": {
+        "easy": 1.0,  # against
+        "vanilla": 1.0,  # against
+        "challenging": 1.0,  # the others
+      },
+      "curriculum": {
+        # The level of the first step.
+        "start": "easy",
+        # Steps over which the mean final emotion is taken; so many at least are played at a level.
+        "window": 10,
+        # That mean moves it to the next
+        "raise_at": 70.0,  # harder level when at least this,
+        "lower_at": 20.0,  # easier level when at most this.
+      },
+      # `vanilla` has 0 for all of these, and 1.0 for gain and loss.
+      "easy": {
+        # Added to dialogue.initial_emotion.
+        "emotion_offset": 10,
+        # A change of emotion is multiplied by
+        "gain": 1.25,  # this where it is a rise
+        "loss": 0.8,  # and by this where it is a fall.
+        # Scripted user: points on top (below 0: less) for what does not meet the need in full.
+        "leniency": 2,
+        # Scripted user: the share of messages without a hint at its need that get one (below 0:
+        # of those with a hint that lose it), and the share of hints that say it plainly.
+        "hints": 1.0,  # -1 to 1
+        "plain": 0.5,  # 0 to 1
+      },
+      # As `easy`.
+      "challenging": {
+        "emotion_offset": -10,  # added to dialogue.initial_emotion
+        "gain": 1.0,  # times a rise; less would put success out of reach
+        "loss": 1.25,  # times a fall
+        "leniency": -3,  # points of the scripted user
+        "hints": -0.75,  # as above
+        "plain": 0.0,  # as above
+      },
+    },
     "data": {
       # Scenario file in the published format (JSON lines), or `en` or `zh` for the package's.
       "path": "zh",

@@ -9,6 +9,9 @@ from ml_collections import ConfigDict
 
 from rlver_jax import partitioning, trainables
 from rlver_jax.dialogue.dialogue import Rules
+from rlver_jax.dialogue.environment import Curriculum, Environment
+from rlver_jax.dialogue.levels import NAMES as LEVEL_NAMES
+from rlver_jax.dialogue.levels import VANILLA, Level
 from rlver_jax.dialogue.policy import Policy, PolicySettings
 from rlver_jax.dialogue.reward import RewardSettings
 from rlver_jax.dialogue.simulators import language_model
@@ -71,6 +74,19 @@ def row_lengths(config: ConfigDict) -> tuple[int, ...]:
   if config.dialogue.mode == "think":  # a thought and its reply stand beside the context
     longest += config.dialogue.max_turns * s.max_new_tokens
   return ladder(longest, config.training.smallest_row, middle=False)
+
+
+def build_levels(config: ConfigDict) -> dict[str, Level]:
+  """The levels of difficulty by name, the easiest first."""
+  own = {name: Level(name, **config.environment[name]) for name in ("easy", "challenging")}
+  return {name: own.get(name, VANILLA) for name in LEVEL_NAMES}
+
+
+def build_environment(config: ConfigDict) -> Environment:
+  """Which level the users of each step have."""
+  e = config.environment
+  curriculum = Curriculum(**e.curriculum)
+  return Environment(e.level, build_levels(config), dict(e.weights), curriculum, config.seed)
 
 
 def build_policy(config: ConfigDict, sources: Sources, model: Qwen2 | Adapted) -> Policy:

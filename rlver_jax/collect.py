@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from rlver_jax.build import Run
 from rlver_jax.dialogue.dialogue import Dialogue
+from rlver_jax.dialogue.environment import Environment
 from rlver_jax.dialogue.reward import turn_rewards
 from rlver_jax.dialogue.rollout import rollout
 from rlver_jax.dialogue.scenario import batch_indices
@@ -43,16 +44,23 @@ class Played:
 
 
 def play(
-  config: ConfigDict, sources: Sources, run: Run, step: int, on_round: Callable[[], None]
+  config: ConfigDict,
+  sources: Sources,
+  run: Run,
+  environment: Environment,
+  step: int,
+  on_round: Callable[[], None],
 ) -> Played:
-  """Plays the dialogues of one step (0-based).
+  """Plays the dialogues of one step (0-based), at the levels of difficulty that are its turn.
 
   With dynamic sampling (DAPO, arXiv 2503.14476, section 3.2), groups whose rewards are all equal
-  are replaced by groups on scenarios drawn anew, for so many rounds; those that are then left stay.
+  are replaced by groups of the same level on scenarios drawn anew, for so many rounds; those that
+  are then left stay.
   """
   number, length = config.dialogue.scenarios_per_step, len(sources.scenarios)
   chosen = batch_indices(length, step, number, config.seed)
-  played = _play_groups(config, sources, run, step, chosen, 0, on_round)
+  levels = environment.levels(step, number)
+  played = _play_groups(config, sources, run, step, chosen, levels, 0, on_round)
   for again in range(1, config.algorithm.dynamic_sampling_rounds + 1):
     idle = [i for i, group in enumerate(played.groups) if not _has_signal(run, group)]
     if not idle:
@@ -60,7 +68,8 @@ def play(
     # A permutation of its own for each step and round, none of them one of an epoch's.
     order = permutation(length, config.seed, 2**32 + 2**16 * step + again)
     others = [int(order[i % length]) for i in range(len(idle))]
-    further = _play_groups(config, sources, run, step, others, again * number, on_round)
+    same = [levels[i] for i in idle]
+    further = _play_groups(config, sources, run, step, others, same, again * number, on_round)
     for i, group in zip(idle, further.groups, strict=True):
       better, worse = (group, played.groups[i])
       if not _has_signal(run, group):
@@ -70,7 +79,7 @@ def play(
   return played
 
 
-def _play_groups(config, sources, run, step, chosen, first_group, on_round) -> Played:
+def _play_groups(config, sources, run, step, chosen, levels, first_group, on_round) -> Played:
   size, greedy = config.dialogue.group_size, ESTIMATORS[config.algorithm.advantage] == "greedy"
   dialogues = rollout(
     run.policy,
@@ -80,6 +89,7 @@ def _play_groups(config, sources, run, step, chosen, first_group, on_round) -> P
     rules=run.rules,
     slots=run.slots,
     step=step,
+    levels=levels,
     first_group=first_group,
     baselines=greedy,
     on_round=on_round,

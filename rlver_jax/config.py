@@ -7,6 +7,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from rlver_jax.dialogue import environment as environment_lib
+from rlver_jax.dialogue import levels as levels_lib
 from rlver_jax.errors import UserError
 from rlver_jax.models.lora import TARGETS
 from rlver_jax.models.qwen2 import REMAT_POLICIES
@@ -21,6 +23,8 @@ CHOICES = {
   "simulator.dtype": ("float32", "bfloat16"),
   "simulator.score": ("generate", "choice"),
   "dialogue.mode": ("direct", "think"),
+  "environment.level": environment_lib.KINDS,
+  "environment.curriculum.start": levels_lib.NAMES,
   "optimizer.schedule": ("constant", "cosine"),
   "optimizer.moment_dtype": ("float32", "bfloat16"),
   "reward.kind": ("final", "change", "both"),
@@ -44,6 +48,10 @@ AT_LEAST = {
   "dialogue.group_size": 1,
   "dialogue.max_turns": 1,
   "dialogue.malformed_penalty": 0,
+  "environment.weights.easy": 0,
+  "environment.weights.vanilla": 0,
+  "environment.weights.challenging": 0,
+  "environment.curriculum.window": 1,
   "sampling.temperature": 0,
   "sampling.top_k": 0,
   "sampling.max_new_tokens": 1,
@@ -80,11 +88,31 @@ AT_LEAST = {
 }
 
 NUMBERS = ("reward.final_weight", "reward.change_weight")  # of any size
-POSITIVE = ("optimizer.eps", "optimizer.max_grad_norm", "lora.alpha")
+POSITIVE = (
+  "optimizer.eps",
+  "optimizer.max_grad_norm",
+  "lora.alpha",
+  "environment.easy.gain",
+  "environment.easy.loss",
+  "environment.challenging.gain",
+  "environment.challenging.loss",
+)
 # In [0, 1).
 FRACTIONS = ("optimizer.warmup_fraction", "critic.warmup_fraction", "optimizer.b1", "optimizer.b2")
 # In (0, 1].
 SHARES = ("sampling.top_p", "simulator.top_p", "algorithm.gamma", "algorithm.lam")
+
+# The lowest and the highest allowed value of a field.
+BETWEEN = {
+  "environment.easy.emotion_offset": (-100, 100),
+  "environment.easy.leniency": (-20, 20),
+  "environment.easy.hints": (-1, 1),
+  "environment.easy.plain": (0, 1),
+  "environment.challenging.emotion_offset": (-100, 100),
+  "environment.challenging.leniency": (-20, 20),
+  "environment.challenging.hints": (-1, 1),
+  "environment.challenging.plain": (0, 1),
+}
 
 # Fields that a run in the same workdir may change: they say how long it goes on and what it
 # keeps, not what a step computes (`steps` also sets the length of warm-up and of a cosine).
@@ -124,6 +152,9 @@ def validate(config: ConfigDict) -> None:
       raise UserError(f"{field} is {value}, expected a number in [0, 1).")
   for field in NUMBERS:
     _number(config, field)
+  for field, (least, most) in BETWEEN.items():
+    if not least <= (value := _number(config, field)) <= most:
+      raise UserError(f"{field} is {value}, expected a number in [{least}, {most}].")
   for field in SHARES:
     if not 0 < (value := _number(config, field)) <= 1:
       raise UserError(f"{field} is {value}, expected a number in (0, 1].")
@@ -155,6 +186,7 @@ def validate(config: ConfigDict) -> None:
       f"dialogue.initial_emotion is {d.initial_emotion}, expected a number between "
       f"dialogue.failure_at ({d.failure_at}) and dialogue.success_at ({d.success_at})."
     )
+  _validate_environment(config)
   if config.simulator.score == "generate" and not config.simulator.appraise:
     raise UserError(
       "simulator.appraise is False, expected True with simulator.score 'generate', which reads "
@@ -191,6 +223,28 @@ def _validate_algorithm(config: ConfigDict) -> None:
       f"critic.{field} is {config.critic[field]!r}, expected none with lora.critic_rank, whose "
       "adapters stand beside the policy's initial weights."
     )
+
+
+def _validate_environment(config: ConfigDict) -> None:
+  """Values that do not go together in the section `environment`."""
+  d, e = config.dialogue, config.environment
+  if e.level == "mixture" and not any(e.weights.values()):
+    raise UserError("environment.weights are all 0, expected one at least that is more.")
+  raise_at, lower_at = (
+    _number(config, f"environment.curriculum.{n}_at") for n in ("raise", "lower")
+  )
+  if lower_at >= raise_at:
+    raise UserError(
+      f"environment.curriculum.lower_at is {lower_at}, expected less than raise_at ({raise_at})."
+    )
+  for name in environment_lib.played(e.level, e.weights):
+    offset = 0 if name == levels_lib.VANILLA.name else e[name].emotion_offset
+    if not d.failure_at < d.initial_emotion + offset < d.success_at:
+      raise UserError(
+        f"environment.{name}.emotion_offset is {offset}, expected dialogue.initial_emotion "
+        f"({d.initial_emotion}) with it between dialogue.failure_at ({d.failure_at}) and "
+        f"dialogue.success_at ({d.success_at})."
+      )
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:

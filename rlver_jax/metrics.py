@@ -5,6 +5,7 @@ record that resuming, the summary and the reports read, and through clu to Tenso
 log. Names are `group/name`:
 
   emotion/*, dialogue/*, tokens/*, format/*, simulator/*   from `dialogue_metrics`
+  environment/*   by level of difficulty, from `environment.level_metrics`
   seconds/step, seconds/<stage>   wall time of the whole step, and of stages from `StageTimer`
   reward/mean, tokens/per_second, update/loss, update/clip_fraction
                                   from the loop and the update; `progress_line` shows them

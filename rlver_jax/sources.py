@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from rlver_jax import partitioning
 from rlver_jax.dialogue import templates as templates_lib
+from rlver_jax.dialogue.environment import played
 from rlver_jax.dialogue.scenario_dataset import ScenarioSource
 from rlver_jax.dialogue.scenario_dataset import open_source as open_scenarios
 from rlver_jax.dialogue.simulators import language_model
@@ -43,7 +44,8 @@ def open_sources(config: ConfigDict) -> Sources:
   scenarios = open_scenarios(config.data.path, config.data.cache_dir)
   languages = sorted({s.language for s in scenarios})
   folder = config.simulator.templates
-  templates = {language: templates_lib.load(language, folder) for language in languages}
+  levels = played(config.environment.level, config.environment.weights)
+  templates = {language: templates_lib.load(language, folder, levels) for language in languages}
   policy = model_source.open_source(
     config.policy.path,
     "policy.path",

@@ -18,6 +18,7 @@ from rlver_jax.checkpoint import Checkpoints
 from rlver_jax.collect import make_experience, play
 from rlver_jax.dialogue import records
 from rlver_jax.dialogue.dialogue import Dialogue
+from rlver_jax.dialogue.environment import level_metrics
 from rlver_jax.errors import UserError
 from rlver_jax.interrupt import Interrupted, Interrupts
 from rlver_jax.rl.learner import LearnerState
@@ -48,11 +49,13 @@ def train(
   print("Loading models and compiling ...", flush=True)
   started = time.perf_counter()
   first, nonfinite = 0, 0
+  environment = build_lib.build_environment(config)
 
   def restore(abstract_state: LearnerState) -> LearnerState:
     nonlocal first, nonfinite
     state, saved = checkpoints.restore(abstract_state)
     first, nonfinite = saved["step"], saved["nonfinite"]
+    environment.restore(saved)
     return state
 
   resumed = checkpoints.latest() is not None
@@ -69,7 +72,7 @@ def train(
   def save(step: int, reward: float) -> None:
     if checkpoints.latest() != step:
       metadata = {"step": step, "nonfinite": nonfinite, "config": config_lib.digest(config)}
-      checkpoints.save(step, run.state, metadata, reward)
+      checkpoints.save(step, run.state, metadata | environment.state(), reward)
 
   done, reward = first, float("nan")
   timer = metrics_lib.StageTimer()
@@ -77,7 +80,7 @@ def train(
     for step in range(first, config.steps):
       began = time.perf_counter()
       with timer("rollout"):
-        played = play(config, sources, run, step, interrupts.check)
+        played = play(config, sources, run, environment, step, interrupts.check)
       with timer("prepare"):
         experience, scalars = make_experience(run, played)
       with timer("update"), interrupts.deferred():
@@ -89,7 +92,9 @@ def train(
         )
         done, reward = step + 1, scalars["reward/mean"]
         nonfinite = nonfinite + 1 if learned["update/skipped"] else 0
+        environment.observe(played.trained)
       scalars |= learned | metrics_lib.dialogue_metrics(played.trained)
+      scalars |= level_metrics(played.trained)
       scalars |= learning_rates(config, run)
       with timer("write"), writing(workdir):
         if config.log.dialogues_every and step % config.log.dialogues_every == 0:

@@ -352,3 +352,21 @@ def test_time_is_linear_in_the_reply(language):
       assert -10 <= appraise(text, scenario, [], []).change <= 10
       taken.append(time.perf_counter() - start)
     assert min(taken) < 0.05, piece
+
+
+@pytest.mark.parametrize("language, intention", CASES)
+def test_leniency_is_for_what_falls_short_and_never_for_what_is_poor(language, intention):
+  scenario = _scenario(language, intention)
+
+  def change(reply, leniency):
+    return appraise(reply, scenario, [], FIRST[language], leniency).change
+
+  for name, reply in GOOD[language].items():
+    changes = [change(reply, leniency) for leniency in (-3, 0, 2)]
+    assert changes == sorted(changes)
+    if name == intention:
+      assert changes[0] == changes[1] == changes[2]  # success is within reach at every level
+    else:
+      assert changes[0] <= 2
+  for reply in (*POOR[language].values(), GENERIC[language]):
+    assert max(change(reply, leniency) for leniency in (-3, 0, 2)) <= 0

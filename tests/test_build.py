@@ -8,6 +8,7 @@ import pytest
 import runs
 
 from rlver_jax import build
+from rlver_jax.dialogue.levels import VANILLA, Level
 
 
 def schedule(steps, epochs=1, fraction=0.0, kind="constant"):
@@ -33,6 +34,17 @@ def test_warm_up_rises_to_the_full_rate_and_stays_there():
 def test_a_cosine_falls_from_the_full_rate_towards_zero():
   expected = [1, 2] + [1 + math.cos(math.pi * n / 6) for n in range(6)]
   np.testing.assert_allclose(schedule(8, fraction=0.25, kind="cosine"), expected, rtol=1e-6)
+
+
+def test_levels_are_those_of_the_configuration_and_vanilla():
+  config = runs.config(**{"environment.easy.gain": 1.5, "environment.challenging.hints": -0.5})
+  levels = build.build_levels(config)
+  assert list(levels) == ["easy", "vanilla", "challenging"]
+  assert levels["vanilla"] == VANILLA
+  assert (levels["easy"].gain, levels["challenging"].hints) == (1.5, -0.5)
+  for name in ("easy", "challenging"):
+    fields = {f: getattr(levels[name], f) for f in config.environment[name]}
+    assert levels[name] == Level(name, **fields) and fields == config.environment[name].to_dict()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import runs
 
 from rlver_jax import collect
+from rlver_jax.build import build_environment
 from rlver_jax.dialogue.dialogue import Dialogue, Plan, PolicyReply, Rules, Segment
 from rlver_jax.dialogue.reward import RewardSettings
 
@@ -60,7 +61,8 @@ def step(monkeypatch):
 
 
 def play(config, run, sources, step=0):
-  return collect.play(config, sources, run, step, lambda: None)
+  environment = build_environment(config)
+  return collect.play(config, sources, run, environment, step, lambda: None)
 
 
 def changes_of(group):

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from configs import common, grpo
 from rlver_jax import config as config_lib
+from rlver_jax.dialogue.levels import NAMES
 from rlver_jax.errors import UserError
 
 PRESETS = tuple(common.MODELS)
@@ -52,6 +53,7 @@ def test_the_7b_preset_is_the_published_recipe():
     "dialogue.failure_at": 0,
     "dialogue.success_at": 100,
     "dialogue.malformed_penalty": 0.0,
+    "environment.level": "vanilla",
     "sampling.temperature": 1.0,
     "sampling.top_k": 0,
     "sampling.top_p": 1.0,
@@ -110,6 +112,15 @@ def test_a_number_below_the_least_is_named_with_it(field):
   assert message(**{field: bad}) == f"{field} is {bad}, expected at least {least}."
 
 
+@pytest.mark.parametrize("field", config_lib.BETWEEN)
+def test_a_number_beyond_its_bounds_is_named_with_them(field):
+  least, most = config_lib.BETWEEN[field]
+  for bad in (least - 1, most + 1):
+    bad = type(config_lib.get(grpo.get_config(), field))(bad)
+    expected = f"expected a number in [{least}, {most}]."
+    assert message(**{field: bad}) == f"{field} is {bad}, {expected}"
+
+
 @pytest.mark.parametrize(
   ("field", "bad", "expected"),
   [
@@ -152,6 +163,22 @@ def test_a_field_that_a_file_of_the_users_own_lacks_is_named(field):
     ({"dialogue.initial_emotion": 0}, ("dialogue.initial_emotion is 0", "failure_at (0)")),
     ({"dialogue.initial_emotion": 100}, ("dialogue.initial_emotion is 100", "success_at (100)")),
     (
+      {"environment.level": "mixture"} | {f"environment.weights.{n}": 0.0 for n in NAMES},
+      ("environment.weights are all 0",),
+    ),
+    (
+      {"environment.curriculum.lower_at": 70.0},
+      ("environment.curriculum.lower_at is 70.0", "less than raise_at (70.0)"),
+    ),
+    (
+      {"environment.level": "challenging", "dialogue.initial_emotion": 10},
+      ("environment.challenging.emotion_offset is -10", "dialogue.failure_at (0)"),
+    ),
+    (
+      {"environment.level": "curriculum", "environment.easy.emotion_offset": 70},
+      ("environment.easy.emotion_offset is 70", "dialogue.success_at (100)"),
+    ),
+    (
       {"simulator.score": "generate", "simulator.appraise": False},
       ("simulator.appraise is False", "'generate'"),
     ),
@@ -159,6 +186,12 @@ def test_a_field_that_a_file_of_the_users_own_lacks_is_named(field):
 )
 def test_values_that_do_not_go_together_are_named(changes, named):
   assert all(part in message(**changes) for part in named)
+
+
+def test_levels_that_are_not_played_may_start_anywhere():
+  changes = {"dialogue.initial_emotion": 5, "environment.weights.challenging": 0.0}
+  for level in ("vanilla", "easy", "mixture"):
+    config_lib.validate(changed(**changes, **{"environment.level": level}))
 
 
 def test_flatten_gives_dotted_names_and_what_json_keeps():

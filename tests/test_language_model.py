@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from rlver_jax.dialogue import emotion as emotion_lib
+from rlver_jax.dialogue import templates as templates_lib
 from rlver_jax.dialogue.dialogue import Dialogue, PolicyReply, Rules, Stage
+from rlver_jax.dialogue.levels import VANILLA, Level
 from rlver_jax.dialogue.simulators import language_model
 from rlver_jax.dialogue.simulators.language_model import LanguageModelSimulator, SimulatorSettings
 from rlver_jax.errors import UserError
@@ -169,6 +171,32 @@ def test_prompts_grow_by_whole_messages_and_forget_what_was_thought(engine, toke
     Reading(tokenizer, engine, d, slot, settings).check()
   cut = [s for _, s in engine.samples if not s.stopped]
   assert cut and all(len(s.ids) in (20, 16) for s in cut)
+
+
+def test_a_level_has_its_own_prompts_and_says_the_change_that_was_felt(engine, tokenizer, writer):
+  engine.fresh(writer)
+  templates = {x: templates_lib.load(x, levels=("easy", "challenging")) for x in ("en", "zh")}
+  simulator = LanguageModelSimulator(engine, tokenizer, templates, GENERATE)
+  simulator.start(0)
+  levels = [Level("easy", 10), VANILLA, Level("challenging", -10, loss=2.0)]
+  ends = {"max_turns": 2, "failure_at": -1000, "success_at": 1000}
+  dialogues = [
+    Dialogue(i, i, builders.scenario("en"), Rules(**ends).at(level))
+    for i, level in enumerate(levels)
+  ]
+  play(simulator, dialogues)
+  for slot, (d, level) in enumerate(zip(dialogues, levels, strict=True)):
+    own, (change, after) = templates["en"].at(level.name), [(-4, 36), (-4, 26), (-8, 12)][slot]
+    assert [turn.plan.change for turn in d.turns] == [change] * 2
+    assert d.turns[0].emotion == after
+    plan, message = [ids for at, ids, *_ in engine.asked if at == slot][:2]
+    persona = language_model.persona_ids(tokenizer, own, d.scenario)
+    assert plan[: len(persona)] == tuple(persona)
+    asked = own.render("plan", emotion=str(d.rules.initial_emotion), state="BCC"[slot])
+    assert asked in tokenizer.decode(plan)
+    fields = dict.fromkeys(FIELDS, "")
+    emotion = {"emotion": str(after), "state": "C", "change": f"{change:+d}"}
+    assert own.render("message", **emotion, **fields) in tokenizer.decode(message)
 
 
 def test_a_turn_reads_only_what_is_new(engine, tokenizer):

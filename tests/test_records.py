@@ -17,6 +17,7 @@ from rlver_jax.dialogue.dialogue import (
   Stage,
   UserMessage,
 )
+from rlver_jax.dialogue.levels import Level
 
 FIELDS = {
   "id": str, "emo_point": int, "emo_state": str, "target": str, "player": str, "scene": str,
@@ -84,6 +85,7 @@ def test_records_have_the_fields_and_types_of_the_format(think):
       s.id, s.persona, s.background, s.character, s.topic, s.task,
     ]  # fmt: skip
     assert (record["dialogue"], record["group"], record["end"]) == (d.index, d.group, d.end)
+    assert record["level"] == "vanilla"
 
 
 def test_emotions_follow_from_the_changes():
@@ -101,6 +103,19 @@ def test_emotions_follow_from_the_changes():
     assert record["emo_state"] == f"Emotion-{emotion.state(value)}"
     ends.add(d.end)
   assert ends == {"goodbye", "failure", "turns", "length"}
+
+
+def test_a_level_is_named_and_its_changes_are_those_that_were_felt():
+  level = Level("easy", emotion_offset=5, gain=2.0, loss=0.5)
+  d = Dialogue(0, 0, builders.scenario(), Rules().at(level))
+  for change in (4, -7, 0):
+    d.advance(PolicyReply("Go on.", None, True, True, 1))
+    d.advance(Plan(change))
+    d.advance(UserMessage("Well."))
+  users = [entry for entry in records.record(d)["history"] if entry["role"] == "user"]
+  assert records.record(d)["level"] == "easy"
+  assert [entry["emotion-point"] for entry in users] == [35, 43, 39, 39]
+  assert [entry["planning"]["change"] for entry in users[1:]] == [8, -4, 0]
 
 
 def test_messages_stand_in_order_and_the_last_may_be_empty():

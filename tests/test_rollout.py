@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rlver_jax.dialogue.dialogue import Rules, Stage
+from rlver_jax.dialogue.levels import VANILLA, Level
 from rlver_jax.dialogue.policy import Policy, PolicySettings
 from rlver_jax.dialogue.rollout import rollout
 from rlver_jax.dialogue.simulators.language_model import LanguageModelSimulator, SimulatorSettings
@@ -136,6 +137,15 @@ def test_dialogues_stand_in_the_order_of_their_scenarios(with_scripted):
   first, second, *_ = with_scripted
   assert first.opening == second.opening
   assert first.turns[0].reply.text != second.turns[0].reply.text
+
+
+def test_a_group_shares_its_level(with_scripted):
+  levels = [Level("challenging", emotion_offset=-10, hints=-1.0, leniency=-3), VANILLA]
+  dialogues = play(make_policy(*ALL), scripted(), ALL[0], levels=levels)
+  assert [d.rules for d in dialogues] == [RULES.at(level) for level in levels for _ in range(2)]
+  first, second = ([d.turns[0].emotion for d in batch[:2]] for batch in (dialogues, with_scripted))
+  assert all(0 <= b - 10 - a <= 3 for a, b in zip(first, second, strict=True)) and first != second
+  assert_same(dialogues[2:], with_scripted[2:])  # others' levels change nothing
 
 
 def test_prefixes_are_read_once_for_their_group():

@@ -9,7 +9,9 @@ import pytest
 
 from rlver_jax.dialogue import scenario as scenario_lib
 from rlver_jax.dialogue import templates as templates_lib
-from rlver_jax.dialogue.dialogue import Dialogue, Plan, PolicyReply, Rules, Stage
+from rlver_jax.dialogue.dialogue import Dialogue, Plan, PolicyReply, Rules, Stage, UserMessage
+from rlver_jax.dialogue.expression import expression
+from rlver_jax.dialogue.levels import VANILLA, Level
 from rlver_jax.dialogue.simulators.scripted import ScriptedSimulator, appraise, details
 
 LANGUAGES = ("en", "zh")
@@ -160,3 +162,45 @@ def test_a_dialogue_with_the_scripted_user_runs_to_its_end():
   assert emotions[1] > emotions[0] > 30
   assert emotions[-1] < emotions[1]
   assert dialogue.end in ("goodbye", "failure", "turns")
+
+
+def _at(level, language, intention, index=0):
+  return Dialogue(index, 0, _scenario(language, intention), Rules().at(level))
+
+
+@pytest.mark.parametrize("language, intention", CASES)
+def test_levels_say_more_or_less_of_the_need_and_never_the_task(language, intention):
+  simulator = ScriptedSimulator(_templates(), seed=1)
+
+  def degrees(level):
+    found = []
+    for index in range(20):
+      dialogue = _at(level, language, intention, index)
+      for message in _play(simulator, dialogue, random.Random(index).choices(range(-3, 6), k=6)):
+        assert dialogue.scenario.task.casefold() not in message.text.casefold()
+        assert message.text == message.text.strip() != ""
+        found.append(0 if message.goodbye else expression(message.text, dialogue.scenario))
+    return found
+
+  silent, shy, vanilla, open_ = (
+    degrees(level)
+    for level in (Level("x", hints=-1.0), Level("x", hints=-0.75), VANILLA, Level("x", hints=1.0))
+  )
+  plain = degrees(Level("x", hints=1.0, plain=1.0))
+  means = [sum(found) / len(found) for found in (silent, shy, vanilla, open_, plain)]
+  assert means == sorted(means) and means[0] < 0.05
+  assert set(open_) - {0} == {0.5} and set(plain) - {0} == {1.0}
+  hinting = [sum(x > 0 for x in found) / len(found) for found in (vanilla, open_)]
+  assert 0.55 < hinting[0] < 0.85 < 0.95 < hinting[1]
+
+
+def test_the_level_of_a_dialogue_decides_how_lenient_the_user_is():
+  simulator = ScriptedSimulator(_templates(), seed=0)
+  changes = []
+  for leniency in (-3, 0, 2):
+    dialogue = _at(Level("x", leniency=leniency), "en", "advice")
+    dialogue.advance(UserMessage("It's the shed."))
+    dialogue.advance(PolicyReply("Your feelings are understandable.", None, True, True, 1))
+    simulator.submit(0, dialogue)
+    changes.append(simulator.poll()[0].change)
+  assert changes[0] < changes[1] < changes[2]

@@ -2,12 +2,14 @@
 
 import json
 
+import builders
 import jax
 import numpy as np
 import pytest
 import runs
 
 from rlver_jax import partitioning
+from rlver_jax.dialogue.simulators import language_model
 from rlver_jax.errors import UserError
 from rlver_jax.models import source, weights
 from rlver_jax.sources import open_sources
@@ -198,3 +200,44 @@ def test_an_empty_and_a_broken_scenario_file_are_named(tmp_path):
   file.write_text('{"id": "a"}\n')
   assert refusal(**cache) == f"{file}, line 1: field 'player' is missing, expected a string."
   assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+  ("level", "loaded"),
+  [
+    ("vanilla", []),
+    ("easy", ["easy"]),
+    ("mixture", ["easy"]),
+    ("curriculum", ["challenging", "easy"]),
+  ],
+)
+def test_the_templates_of_the_levels_that_a_run_may_play_are_loaded(level, loaded):
+  changes = {"environment.level": level, "environment.weights.challenging": 0.0}
+  templates = open_sources(runs.config(**changes)).templates["en"]
+  assert sorted(templates.levels) == loaded
+
+
+def test_a_folder_of_templates_needs_the_levels_that_a_run_may_play(tmp_path):
+  (tmp_path / "en.txt").write_text(builders.package_template("en"), encoding="utf-8")
+  own = {"simulator.templates": str(tmp_path)}
+  open_sources(runs.config(**own))
+  text = refusal(**own, **{"environment.level": "easy"})
+  assert text.startswith(f"the prompt templates {tmp_path}/easy/en.txt cannot be read")
+
+
+def test_a_cache_without_room_for_the_longest_level_is_named():
+  """The texts of a level may be longer than those of `vanilla`."""
+  opened = source.open_source("tiny", "simulator.path", dtype="float32", param_dtype="float32")
+  sources = open_sources(runs.config(**{"environment.level": "curriculum"}))
+  templates = sources.templates["en"]
+
+  def longest(texts):
+    persona = [language_model.persona_ids(opened.tokenizer, texts, s) for s in sources.scenarios]
+    return max(map(len, persona)) + 16  # and the plan and the message of runs.LANGUAGE_MODEL
+
+  room = longest(templates)
+  assert room < longest(templates.at("challenging"))
+  changes = runs.LANGUAGE_MODEL | {"simulator.cache_length": room}
+  open_sources(runs.config(**changes))
+  text = refusal(**changes, **{"environment.level": "challenging"})
+  assert text.startswith(f"simulator.cache_length is {room} tokens, but the persona of scenario ")

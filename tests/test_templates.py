@@ -243,3 +243,71 @@ def test_the_last_change_line_decides_alone():
   assert parse("My change: +10, exchange: 3\nnothing else")[1] is None
   assert parse("")[1] is None
   assert parse("")[0] == dict.fromkeys(templates_lib.PLAN_FIELDS, "")
+
+
+# Levels.
+
+LEVELS = ("easy", "challenging")
+
+
+def _load_level(tmp_path, text, level="easy"):
+  (tmp_path / level).mkdir(exist_ok=True)
+  (tmp_path / level / "en.txt").write_text(text, encoding="utf-8")
+  (tmp_path / "en.txt").write_text(MINIMAL, encoding="utf-8")
+  return templates_lib.load("en", str(tmp_path), (level,))
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_package_levels_have_texts_of_their_own_for_what_the_user_does(language):
+  templates = templates_lib.load(language, levels=("easy", "vanilla", "challenging"))
+  assert templates.at("vanilla") is templates
+  assert templates.sections == templates_lib.load(language).sections
+  for section, names in templates_lib.SECTIONS.items():
+    fields = {name: f"<{name}>" for name in names}
+    texts = {t.render(section, **fields) for t in (templates, *map(templates.at, LEVELS))}
+    assert len(texts) == (3 if section in templates_lib.LEVEL_SECTIONS else 1), section
+  for level in map(templates.at, LEVELS):
+    assert (level.labels, level.goodbye) == (templates.labels, templates.goodbye)
+    plan = level.render("plan", emotion=30, state="C")
+    places = [re.search(rf"^{label}[:：]", plan, re.MULTILINE) for label in level.labels.values()]
+    assert [p.start() for p in places] == sorted(p.start() for p in places)
+    assert places[-1].start() == plan.rindex("\n") + 1  # the change is the last line
+    system = level.render("system", **dict.fromkeys(templates_lib.SECTIONS["system"], ""))
+    assert level.is_goodbye(system) and "<<<" in system and ">>>" in system
+
+
+def test_a_level_that_was_not_loaded_is_not_there():
+  with pytest.raises(KeyError):
+    templates_lib.load("en").at("easy")
+
+
+def test_a_level_of_an_own_folder_replaces_what_it_has(tmp_path):
+  templates = _load_level(tmp_path, "# open\n=== message ===\n{emotion}{state}{change} {content}"
+                          "{completion}{activity}{feeling}!\n")  # fmt: skip
+  easy = templates.at("easy")
+  fields = dict.fromkeys(templates_lib.SECTIONS["message"], "x")
+  assert easy.render("message", **fields) == "xxx xxxx!"
+  assert templates.render("message", **fields) == "x x x x x x x"
+  assert easy.render("opening", emotion=1, state="F") == "1 F"
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ("", "easy/en.txt has no section, expected at least one of system, opening, "),
+    ("=== policy ===\nTalk.", "easy/en.txt, line 1: unknown section 'policy', expected one of sys"),
+    ("=== goodbye ===\nbye", "line 1: unknown section 'goodbye'"),
+    ("=== choice ===\n{emotion}", "line 2: section 'choice' lacks the placeholder {state}"),
+    ("=== plan ===\n{emotion} {state} Content:", "line 2: section 'plan' does not name the label"),
+  ],
+)
+def test_mistakes_in_a_levels_file_are_named(tmp_path, text, message):
+  with pytest.raises(UserError, match=re.escape(message)) as error:
+    _load_level(tmp_path, text)
+  assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_file_of_a_level_is_named(tmp_path):
+  (tmp_path / "en.txt").write_text(MINIMAL, encoding="utf-8")
+  with pytest.raises(UserError, match=r"challenging/en\.txt cannot be read"):
+    templates_lib.load("en", str(tmp_path), LEVELS[1:])

@@ -12,6 +12,7 @@ import runs
 from ml_collections import ConfigDict
 
 from rlver_jax import config, train, trainables
+from rlver_jax.build import build_environment
 from rlver_jax.checkpoint import Checkpoints
 from rlver_jax.errors import UserError
 from rlver_jax.interrupt import Interrupted, Interrupts
@@ -22,6 +23,7 @@ from rlver_jax.sources import open_sources
 METRICS = {
   "compile": "from_cache programs seconds",
   "dialogue": "end_failure end_goodbye end_length end_success end_turns turns_mean",
+  "environment": "vanilla_accepted vanilla_dialogues vanilla_final_mean vanilla_spread",
   "emotion": "failure_rate final_max final_mean final_min success_rate turn_01 turn_02",
   "format": "failure_rate truncated_rate",
   "advantage": "largest mean",
@@ -198,6 +200,45 @@ def check_resumed(finished, settings, workdir, stops):
 
 
 @pytest.mark.slow
+def test_a_curriculum_that_is_stopped_and_resumed_moves_as_if_it_never_was(tmp_path):
+  """A policy of random weights pleases nobody, so the level falls after each window."""
+  changes = {"level": "curriculum", "curriculum.start": "challenging", "curriculum.window": 2}
+  changes |= {"curriculum.lower_at": 60.0}
+  settings = runs.config(**{f"environment.{name}": value for name, value in changes.items()})
+  whole = tmp_path / "whole"
+  runs.play(settings, whole)
+  at = [{d["level"] for d in dialogues(whole, step)} for step in range(1, 5)]
+  assert at == [{"challenging"}] * 2 + [{"vanilla"}] * 2
+  starts = [dialogues(whole, step)[0]["history"][0]["emotion-point"] for step in range(1, 5)]
+  assert starts == [20, 20, 30, 30]
+  records = runs.metrics(whole)
+  for record, (level,) in zip(records, at, strict=True):
+    assert record[f"environment/{level}_dialogues"] == 4
+    assert record[f"environment/{level}_final_mean"] == record["emotion/final_mean"]
+  _, metadata = runs.restored(whole, settings)
+  assert metadata["environment"] == {"level": "easy", "recent": []}
+  check_resumed(whole, settings, tmp_path / "stopped", stops=(5, 7))
+
+
+@pytest.mark.slow
+def test_a_mixture_gives_each_group_a_level(tmp_path):
+  settings = runs.config(**{"environment.level": "mixture"})
+  runs.play(settings, tmp_path)
+  drawn = build_environment(settings)
+  seen = set()
+  for record in runs.metrics(tmp_path):
+    kept = dialogues(tmp_path, record["step"])
+    levels = [level.name for level in drawn.levels(record["step"] - 1, 2) for _ in range(2)]
+    assert [d["level"] for d in kept] == levels
+    seen.update(levels)
+    for level in set(levels):
+      final = [d["emo_point"] for d in kept if d["level"] == level]
+      assert record[f"environment/{level}_dialogues"] == len(final)
+      assert record[f"environment/{level}_final_mean"] == pytest.approx(np.mean(final))
+  assert len(seen) > 1
+
+
+@pytest.mark.slow
 def test_lines_and_dialogues_of_a_step_that_was_not_saved_are_made_again(run, settings, tmp_path):
   """What a kill leaves: the step's files are there, its checkpoint is not."""
   with pytest.raises(Interrupted):
@@ -240,8 +281,15 @@ def test_few_slots_give_the_same_dialogues(run, settings, tmp_path):
 
 def recorded_run(settings, workdir):
   """Plays a run; returns the fields of its configuration that it read."""
-  names = {id(settings): ""}
-  names |= {id(settings[s]): f"{s}." for s in settings if isinstance(settings[s], ConfigDict)}
+  names = {}
+
+  def enter(section, prefix):
+    names[id(section)] = prefix
+    for name in section:
+      if isinstance(section[name], ConfigDict):
+        enter(section[name], f"{prefix}{name}.")
+
+  enter(settings, "")
   read, getitem = set(), ConfigDict.__getitem__
 
   def recorded(section, name):

@@ -11,6 +11,7 @@ import dataclasses
 import enum
 
 from rlver_jax.dialogue import emotion as emotion_lib
+from rlver_jax.dialogue.levels import VANILLA, Level
 from rlver_jax.dialogue.scenario import Scenario
 
 
@@ -51,7 +52,9 @@ class PolicyReply:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """The user's appraisal of the last reply; `change` of emotion is an integer in -10..10."""
+  """The user's appraisal of the last reply; `change` of emotion is an integer in -10..10.
+
+  What a dialogue keeps has the change as it was felt at the dialogue's level."""
 
   change: int
   content: str = ""  # what the reply tried to say
@@ -89,12 +92,18 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-  """When a dialogue ends, and where its emotion starts."""
+  """When a dialogue ends, where its emotion starts, and how hard its user is."""
 
   initial_emotion: int = 30
   max_turns: int = 8
   failure_at: int = 0  # the dialogue ends with emotion <= this ...
   success_at: int = 100  # ... or >= this
+  level: Level = VANILLA
+
+  def at(self, level: Level) -> "Rules":
+    """These rules at a level of difficulty, given those of `vanilla`."""
+    initial = self.initial_emotion + level.emotion_offset
+    return dataclasses.replace(self, initial_emotion=initial, level=level)
 
 
 @dataclasses.dataclass
@@ -102,7 +111,7 @@ class Dialogue:
   """One conversation in progress.
 
   index: its place in the batch; with (seed, step, turn) it determines all its randomness.
-  group: dialogues of one group share a scenario.
+  group: dialogues of one group share a scenario and a level.
   segments: the policy's view as token ids, kept by `policy.py`.
   greedy: the policy takes the most probable tokens (the dialogue is a baseline, not trained on).
   """
@@ -160,8 +169,9 @@ class Dialogue:
       case Stage.POLICY, PolicyReply():
         self.pending, self.stage = (answer,), Stage.PLAN
       case Stage.PLAN, Plan():
-        self.pending += (answer,)
-        self.emotion = emotion_lib.update(self.emotion, answer.change)
+        plan = dataclasses.replace(answer, change=self.rules.level.felt(answer.change))
+        self.pending += (plan,)
+        self.emotion = emotion_lib.update(self.emotion, plan.change)
         self.stage = Stage.MESSAGE
         if end := self._end_by_emotion():
           self._close_turn(None)

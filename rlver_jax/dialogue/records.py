@@ -2,7 +2,8 @@
 
 A record holds the profile's fields, the final emotion and its state, and `history`: a list of
 messages, the user's with `emotion-point` and the `planning` that led to it. Added here: the
-place in the batch, why the dialogue ended, token counts, and the policy's thoughts.
+place in the batch, the user's level, why the dialogue ended, token counts, and the policy's
+thoughts.
 """
 
 import json
@@ -40,6 +41,7 @@ def record(dialogue: Dialogue) -> dict[str, Any]:
     "history": history,
     "dialogue": dialogue.index,
     "group": dialogue.group,
+    "level": dialogue.rules.level.name,
     "end": dialogue.end,
     "greedy": dialogue.greedy,
     "tokens": {

@@ -8,6 +8,7 @@ import collections
 from collections.abc import Callable, Sequence
 
 from rlver_jax.dialogue.dialogue import Dialogue, Rules, Stage
+from rlver_jax.dialogue.levels import Level
 from rlver_jax.dialogue.policy import Policy
 from rlver_jax.dialogue.scenario import Scenario
 from rlver_jax.dialogue.simulators.base import Simulator
@@ -24,6 +25,7 @@ def rollout(
   step: int,
   first_group: int = 0,
   baselines: bool = False,
+  levels: Sequence[Level] | None = None,
   on_round: Callable[[], None] = lambda: None,
 ) -> list[Dialogue]:
   """Plays `group_size` dialogues for each scenario to their ends.
@@ -34,15 +36,19 @@ def rollout(
     first_group: number of the first group; it enters the randomness by way of `Dialogue.index`.
     baselines: play one more dialogue of each group, last of its group, in which the policy is
       greedy.
+    levels: how hard the user of each scenario is; None: as `rules` say.
     on_round: called once a round; what it raises ends the rollout.
 
   Returns:
     The dialogues in batch order: those of one scenario are neighbours.
   """
+  rules_of = [rules] * len(scenarios) if levels is None else [rules.at(level) for level in levels]
   size = group_size + baselines
   dialogues = [
-    Dialogue(group * size + i, group, scenario, rules, greedy=i == group_size)
-    for group, scenario in enumerate(scenarios, first_group)
+    Dialogue(group * size + i, group, scenario, own_rules, greedy=i == group_size)
+    for group, (scenario, own_rules) in enumerate(
+      zip(scenarios, rules_of, strict=True), first_group
+    )
     for i in range(size)
   ]
   policy.start(step)

@@ -7,6 +7,9 @@ The simulated user is the assistant of an append-only chat: `system` (who it is)
 turn `helper` (the reply, quoted), `plan` or `choice` (appraise it) and `message` (speak).
 Values are inserted verbatim and never read as a template, so nothing that a policy writes can
 alter a prompt. What the simulator writes is read back by `parse_plan` and `is_goodbye`.
+
+A level of difficulty (`levels.py`) has a file of the same name in a folder of its own, with
+those of the simulated user's sections that differ: `Templates.at` puts them in place.
 """
 
 import dataclasses
@@ -15,8 +18,10 @@ import pathlib
 import re
 import string
 import unicodedata
+from collections.abc import Sequence
 
 from rlver_jax.dialogue.emotion import MAX_CHANGE, MIN_CHANGE
+from rlver_jax.dialogue.levels import VANILLA
 from rlver_jax.errors import UserError
 
 PLAN_FIELDS = ("content", "completion", "activity", "feeling")
@@ -33,6 +38,8 @@ SECTIONS = {  # section -> the placeholders that it must have, and no others
   "policy": set(),
   "policy_think": set(),
 }
+# Those that a level may have of its own: the simulated user's, but for what reads it back.
+LEVEL_SECTIONS = {n: SECTIONS[n] for n in ("system", "opening", "plan", "choice", "message")}
 
 _HEADER = re.compile(r"===\s*(\S+)\s*===\s*")
 _INTEGER = re.compile(r"([+-]?)\s?([0-9]{1,2})")
@@ -47,12 +54,14 @@ class Templates:
   sections: name -> parts, each a literal text and the field that follows it (None at the end).
   labels: the five names of the appraisal's lines, in order: content, ..., change.
   goodbye: the phrases that end a dialogue, as written in the file.
+  levels: the templates of the levels that were loaded too, by name; `vanilla` are these.
   """
 
   language: str
   sections: dict[str, tuple[tuple[str, str | None], ...]]
   labels: dict[str, str]
   goodbye: tuple[str, ...]
+  levels: "dict[str, Templates]" = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     names = "|".join(re.escape(x) for x in sorted(self.labels.values(), key=len, reverse=True))
@@ -60,6 +69,10 @@ class Templates:
     line = rf"{lead}[{_MARKUP}]*({names})[{_MARKUP}]*[:：](.*)"
     object.__setattr__(self, "_label_line", re.compile(line, re.IGNORECASE))
     object.__setattr__(self, "_goodbye", _goodbye_pattern(self.goodbye, self.language))
+
+  def at(self, level: str) -> "Templates":
+    """The templates of a level; KeyError where they were not loaded."""
+    return self if level == VANILLA.name else self.levels[level]
 
   def render(self, section: str, **fields) -> str:
     """The section's text with every field inserted verbatim.
@@ -101,54 +114,81 @@ class Templates:
     return fields, None if change_line is None else _integer(change_line)
 
 
-def load(language: str, folder: str = "") -> Templates:
+def load(language: str, folder: str = "", levels: Sequence[str] = ()) -> Templates:
   """Reads FOLDER/{language}.txt, or the package's own file where `folder` is "".
 
+  levels: names of levels whose FOLDER/{level}/{language}.txt is read too.
+
   Raises:
-    UserError: the file or a section is missing, a section is unknown or comes twice, a
+    UserError: a file or a section is missing, a section is unknown or comes twice, a
       placeholder is unknown or missing, a label is missing, or there is no goodbye phrase.
   """
-  if folder:
-    path = pathlib.Path(folder, f"{language}.txt")
-  else:
-    path = importlib.resources.files("rlver_jax.dialogue") / "prompts" / f"{language}.txt"
+  package = importlib.resources.files("rlver_jax.dialogue") / "prompts"
+  root = pathlib.Path(folder) if folder else package
+  path = root / f"{language}.txt"
+  sections, first_line = _read(path, SECTIONS)
+  if absent := [name for name in SECTIONS if name not in sections]:
+    raise UserError(f"{path} has no section {absent[0]!r}, expected a line '=== {absent[0]} ==='")
+  labels = _labels(_literal(sections["labels"]), path, first_line["labels"])
+  _check_plan(sections["plan"], labels, path, first_line["plan"])
+  lines = _literal(sections["goodbye"]).splitlines()
+  goodbye = tuple(line.strip() for line in lines if line.strip())
+  if not goodbye:
+    raise UserError(f"{path} has no phrase in section 'goodbye', expected at least one")
+  templates = Templates(language, sections, labels, goodbye)
+  others = [level for level in levels if level != VANILLA.name]
+  own = {level: _load_level(templates, root / level / f"{language}.txt") for level in others}
+  return dataclasses.replace(templates, levels=own)
+
+
+def _load_level(templates: Templates, path) -> Templates:
+  """The templates with the sections of a level's file in place of their own."""
+  sections, first_line = _read(path, LEVEL_SECTIONS)
+  if not sections:
+    expected = ", ".join(LEVEL_SECTIONS)
+    raise UserError(f"{path} has no section, expected at least one of {expected}")
+  if "plan" in sections:
+    _check_plan(sections["plan"], templates.labels, path, first_line["plan"])
+  return dataclasses.replace(templates, sections=templates.sections | sections)
+
+
+def _read(path, allowed: dict[str, set[str]]) -> tuple[dict[str, tuple], dict[str, int]]:
+  """The parts of each section of a file, and the number of its first line."""
   try:
     text = path.read_text(encoding="utf-8")
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(
       f"the prompt templates {path} cannot be read ({error}), a UTF-8 text file was expected"
     ) from error
+  lines = _split(text, path, allowed)
+  sections = {name: _parse(name, numbered, path) for name, numbered in lines.items()}
+  return sections, {name: numbered[0][0] if numbered else 0 for name, numbered in lines.items()}
 
-  sections, plain, first_line = {}, {}, {}
-  for name, lines in _split(text, path).items():
-    first_line[name] = lines[0][0] if lines else 0
-    sections[name] = _parse(name, lines, path)
-    plain[name] = "".join(text for text, _ in sections[name])
-  if absent := [name for name in SECTIONS if name not in sections]:
-    raise UserError(f"{path} has no section {absent[0]!r}, expected a line '=== {absent[0]} ==='")
-  labels = _labels(plain["labels"], path, first_line["labels"])
+
+def _literal(parts: tuple[tuple[str, str | None], ...]) -> str:
+  """A section's text without its fields."""
+  return "".join(text for text, _ in parts)
+
+
+def _check_plan(parts, labels: dict[str, str], path, first_line: int) -> None:
   for label in labels.values():
-    if not re.search(rf"{re.escape(label)}\s*[:：]", plain["plan"]):
+    if not re.search(rf"{re.escape(label)}\s*[:：]", _literal(parts)):
       raise UserError(
-        f"{path}, line {first_line['plan']}: section 'plan' does not name the label {label!r},"
+        f"{path}, line {first_line}: section 'plan' does not name the label {label!r},"
         f" expected a line '{label}: ...' as in section 'labels'"
       )
-  goodbye = tuple(line.strip() for line in plain["goodbye"].splitlines() if line.strip())
-  if not goodbye:
-    raise UserError(f"{path} has no phrase in section 'goodbye', expected at least one")
-  return Templates(language, sections, labels, goodbye)
 
 
-def _split(text: str, path) -> dict[str, list[tuple[int, str]]]:
+def _split(text: str, path, allowed: dict[str, set[str]]) -> dict[str, list[tuple[int, str]]]:
   """Section name -> its numbered lines, without the blank ones around them."""
   sections: dict[str, list[tuple[int, str]]] = {}
   current = None
   for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), 1):
     if header := _HEADER.fullmatch(line):
       name = header[1]
-      if name not in SECTIONS:
+      if name not in allowed:
         raise UserError(
-          f"{path}, line {number}: unknown section {name!r}, expected one of {', '.join(SECTIONS)}"
+          f"{path}, line {number}: unknown section {name!r}, expected one of {', '.join(allowed)}"
         )
       if name in sections:
         raise UserError(f"{path}, line {number}: section {name!r} comes twice, expected once")

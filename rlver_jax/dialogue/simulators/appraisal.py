@@ -62,7 +62,11 @@ class Features:
 
 
 def appraise(
-  reply: str, scenario: Scenario, earlier_replies: list[str], user_messages: list[str]
+  reply: str,
+  scenario: Scenario,
+  earlier_replies: list[str],
+  user_messages: list[str],
+  leniency: int = 0,
 ) -> Plan:
   """The user's appraisal of `reply`, in the scenario's language.
 
@@ -70,10 +74,12 @@ def appraise(
     reply: what the policy said; any text at all.
     earlier_replies: its replies before that one.
     user_messages: what the user has said so far, which a reply may refer to.
+    leniency: points on top for a reply of sense that does not meet the need in full, as
+      `levels.Level` has it.
   """
   found = features(reply, scenario, earlier_replies, user_messages)
   intention = scenario.intention
-  change = _change(found, intention, _character(scenario))
+  change = _change(found, intention, _character(scenario), leniency)
   level = level_of(change)
   phrases = lexicon_lib.load(scenario.language).phrases
   feelings = phrases["feeling"][level]
@@ -192,7 +198,7 @@ def _is_off_topic(words, told, scenario: Scenario, strategies: dict[str, bool]) 
   return len(words & known) < 1 + len(words) // 12
 
 
-def _change(found: Features, intention: str, character: str) -> int:
+def _change(found: Features, intention: str, character: str, leniency: int) -> int:
   void = [VOID[name] for name in VOID if name in found.poor]
   if void:
     points = min(void)
@@ -207,6 +213,8 @@ def _change(found: Features, intention: str, character: str) -> int:
     wrong = sorted(gain for gain in others if gain < 0)
     points += math.floor(sum(wrong[:1]) + sum(wrong[1:]) / 2)
     points -= 2 * max(0, len(gains) - FOCUS)
+    if not found.strategies.get(need):  # what meets the need in full earns the same at any level
+      points += leniency
     if found.poor & {"off_topic", "repeated"}:
       points = min(points, BASE)
     points += sum(POOR[name] for name in found.poor & POOR.keys())

@@ -65,7 +65,8 @@ def check_room(
   """Raises UserError for a scenario whose persona leaves no room for a single turn."""
   turn = settings.max_plan_tokens + settings.max_message_tokens
   for scenario in scenarios:
-    persona = len(persona_ids(tokenizer, templates[scenario.language], scenario))
+    own = templates[scenario.language]
+    persona = max(len(persona_ids(tokenizer, t, scenario)) for t in (own, *own.levels.values()))
     if persona + turn > cache_length:
       raise UserError(
         f"simulator.cache_length is {cache_length} tokens, but the persona of scenario "
@@ -156,7 +157,7 @@ class LanguageModelSimulator:
   # Asking.
 
   def _template(self, dialogue: Dialogue) -> Templates:
-    return self._templates[dialogue.scenario.language]
+    return self._templates[dialogue.scenario.language].at(dialogue.rules.level.name)
 
   def _render(self, chat: _Chat, section: str, **fields: str) -> str:
     emotion = chat.dialogue.emotion

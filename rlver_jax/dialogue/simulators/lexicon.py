@@ -44,6 +44,8 @@ class Lexicon:
 
   language: str
   cues: dict[str, tuple[str, ...]]  # feature -> phrases
+  hinted: dict[str, tuple[str, ...]]  # intention -> phrases of a user who hints at it ...
+  said: dict[str, tuple[str, ...]]  # ... and of one who asks for it
   feelings: tuple[str, ...]
   negators: tuple[str, ...]
   not_negators: tuple[str, ...]
@@ -66,7 +68,10 @@ def load(language: str) -> Lexicon:
 
   return Lexicon(
     language=language,
-    cues={name: plain(phrases) for name, phrases in table["cues"].items()},
+    **{
+      kind: {name: plain(phrases) for name, phrases in table[kind].items()}
+      for kind in ("cues", "hinted", "said")
+    },
     feelings=plain(table["feelings"]["words"].split()),
     negators=plain(table["negators"]),
     not_negators=plain(table["not_negators"]),

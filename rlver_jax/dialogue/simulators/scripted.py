@@ -2,8 +2,9 @@
 
 Appraisals come from `appraisal.appraise`. Messages are put together from phrase lists
 (`assets/scripted/`): how the last reply went down, then a detail of the story or a hint at the
-hidden intention, worded after the emotion's state. For tests, for debugging, and as the ground
-truth that a small language model can be distilled from.
+hidden intention, worded after the emotion's state. The dialogue's level (`levels.py`) says how
+often it hints, how plainly, and how lenient the appraisal is. For tests, for debugging, and as
+the ground truth that a small language model can be distilled from.
 """
 
 import functools
@@ -58,7 +59,8 @@ class ScriptedSimulator:
       case Stage.PLAN:
         earlier = [turn.reply.text for turn in dialogue.turns]
         reply = dialogue.last_reply.text
-        return appraise(reply, dialogue.scenario, earlier, dialogue.user_messages)
+        leniency = dialogue.rules.level.leniency
+        return appraise(reply, dialogue.scenario, earlier, dialogue.user_messages, leniency)
       case Stage.MESSAGE:
         return self.next_message(dialogue)
       case stage:
@@ -68,7 +70,7 @@ class ScriptedSimulator:
     """The user's first message: a greeting, a detail of the story, a hint."""
     opening = self._phrase(dialogue, "opening", _MOODS[emotion_lib.state(dialogue.emotion)])
     detail = self._detail(dialogue)
-    hint = self._phrase(dialogue, "hint", dialogue.scenario.intention)
+    hint = self._hint(dialogue, published=True)
     return self._message(dialogue, [opening, detail, hint], [opening, hint])
 
   def next_message(self, dialogue: Dialogue) -> UserMessage:
@@ -82,11 +84,12 @@ class ScriptedSimulator:
         goodbye += "."
       return self._message(dialogue, [self._phrase(dialogue, "farewell", mood), goodbye])
     reaction = self._phrase(dialogue, "reaction", level_of(dialogue.last_plan.change))
-    detail = self._detail(dialogue)
-    hint = self._phrase(dialogue, "hint", dialogue.scenario.intention)
-    draw = self._hash(dialogue, "form", dialogue.turn) % 3
-    told = ([detail], [hint], [detail, hint])[draw]
-    return self._message(dialogue, [reaction, *told], [reaction, hint], [hint])
+    # At `vanilla` a detail, a hint, or both.
+    form = self._hash(dialogue, "form", dialogue.turn) % 3
+    hint = self._hint(dialogue, published=form > 0)
+    detail = "" if form == 1 and hint else self._detail(dialogue)
+    other = self._phrase(dialogue, "hint", dialogue.scenario.intention)
+    return self._message(dialogue, [reaction, detail, hint], [reaction, other], [other])
 
   def _leaves(self, dialogue: Dialogue) -> bool:
     """Whether the user ends the chat: contented after some turns, or fed up."""
@@ -112,6 +115,15 @@ class ScriptedSimulator:
         return UserMessage(text)
     return UserMessage(texts[-1], goodbye=templates.is_goodbye(texts[-1]))
 
+  def _hint(self, dialogue: Dialogue, published: bool) -> str:
+    """A hint at the hidden intention, or "" where the level has none; `vanilla`: as published."""
+    level, stage = dialogue.rules.level, dialogue.stage.value
+    draw = self._share(dialogue, "hints", stage, dialogue.turn)
+    if (draw < -level.hints) if published else (draw >= level.hints):
+      return ""
+    plain = self._share(dialogue, "plain", stage, dialogue.turn) < level.plain
+    return self._phrase(dialogue, "need" if plain else "hint", dialogue.scenario.intention)
+
   def _phrase(self, dialogue: Dialogue, table: str, name: str) -> str:
     """A phrase of a list; each list is gone through in order from a hashed start."""
     phrases = lexicon_lib.load(dialogue.scenario.language).phrases[table][name]
@@ -131,6 +143,10 @@ class ScriptedSimulator:
       mood = "middle"  # still low, but a bitter word would not follow from a good reply
     text = self._phrase(dialogue, "detail", mood).format(x=found[(first + turn) % len(found)])
     return text[0].upper() + text[1:]
+
+  def _share(self, dialogue: Dialogue, *what) -> float:
+    """A number in 0..1, below 1, as `_hash`."""
+    return (self._hash(dialogue, *what) >> 11) / 2**53
 
   def _hash(self, dialogue: Dialogue, *what) -> int:
     """A number from (seed, step, dialogue) and what it is for."""
