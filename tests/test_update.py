@@ -12,6 +12,7 @@ import pytest
 from rlver_jax.models import weights
 from rlver_jax.models.qwen2 import Qwen2Config
 from rlver_jax.partitioning import make_mesh
+from rlver_jax.rl import rows as rows_lib
 from rlver_jax.rl.rows import Rows
 from rlver_jax.rl.update import Updater, UpdateSettings, sampling_copy
 
@@ -266,6 +267,18 @@ def test_an_update_that_is_not_finite_changes_no_bit(trouble, running):
     np.testing.assert_array_equal(bits(a), bits(b))
   state, metrics = updater.update(state, good)  # and the run can go on
   assert metrics["update/skipped"] == 0
+  assert int(state.updates) == int(before.updates) + 1
+
+
+def test_an_update_with_nothing_to_learn_from_changes_no_bit(running):
+  """Not even by weight decay and momentum."""
+  updater, rows, good, before = running
+  padding = rows_lib.make_rows([[]] * len(rows.mask), rows.mask.shape[1])
+  state, metrics = updater.update(on_device(updater, before), updater.batch(padding, ADVANTAGES))
+  assert (metrics["update/skipped"], metrics["update/loss"]) == (0, 0)
+  for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(before), strict=True):
+    np.testing.assert_array_equal(bits(a), bits(b))
+  state, _ = updater.update(state, good)
   assert int(state.updates) == int(before.updates) + 1
 
 

@@ -1,7 +1,8 @@
 """The policy update: one jitted, sharded step over a batch of rows, state donated.
 
 The batch is cut into microbatches that a `lax.scan` visits one after another; gradients are
-added up in float32. An update whose loss or gradient is not finite leaves the state as it was.
+added up in float32. An update whose loss or gradient is not finite, or whose rows have no token
+to learn from, leaves the state as it was.
 """
 
 import dataclasses
@@ -130,7 +131,8 @@ def _update(state: TrainState, batch: Batch, *, optimizer, settings) -> tuple[Tr
     return TrainState(optax.apply_updates(state.model, changes), opt_state, state.updates + 1)
 
   # A `where` on every array instead would keep XLA from updating the state in place.
-  state = jax.lax.cond(finite, apply, lambda state, _: state, state, gradients)
+  learns = finite & jnp.any(batch.rows.mask)
+  state = jax.lax.cond(learns, apply, lambda state, _: state, state, gradients)
   tokens = jnp.maximum(1.0, jnp.sum(batch.rows.mask))
   metrics = {name: total / tokens for name, total in sums.items()}
   metrics |= {
