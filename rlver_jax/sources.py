@@ -76,6 +76,10 @@ def open_sources(config: ConfigDict) -> Sources:
         f"reference.path has a vocabulary of {reference.config.vocab_size}, expected the "
         f"policy's, {policy.config.vocab_size}."
       )
+  if config.simulator.kind == "openai":
+    from rlver_jax.dialogue.simulators import remote  # late: others do without the client
+
+    remote.check(config.simulator)
   return Sources(mesh, scenarios, templates, policy, reference, simulator)
 
 

@@ -1,9 +1,10 @@
 """The reinforcement-learning loop: dialogues, rows, advantages, update, metrics, checkpoint."""
 
 import contextlib
+import math
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,13 +15,14 @@ from ml_collections import ConfigDict
 from rlver_jax import build as build_lib
 from rlver_jax import config as config_lib
 from rlver_jax import metrics as metrics_lib
+from rlver_jax import workdir as workdir_lib
 from rlver_jax.checkpoint import Checkpoints
 from rlver_jax.dialogue import emotion as emotion_lib
 from rlver_jax.dialogue import records
 from rlver_jax.dialogue.dialogue import Dialogue
 from rlver_jax.dialogue.rollout import rollout
 from rlver_jax.dialogue.scenario import batch_indices
-from rlver_jax.errors import UserError
+from rlver_jax.errors import BudgetSpent, UserError
 from rlver_jax.interrupt import Interrupted, Interrupts
 from rlver_jax.rl import advantages as advantages_lib
 from rlver_jax.rl import rows as rows_lib
@@ -37,8 +39,9 @@ def train(
 ) -> dict[str, Any]:
   """Runs, or goes on with, the run of `config` in `workdir`; returns the run's summary.
 
-  Raises Interrupted after saving when asked to stop, Diverged when updates stay non-finite,
-  UserError when `workdir` cannot be written or holds what is damaged.
+  Raises Interrupted after saving when asked to stop, BudgetSpent after saving when a budget is,
+  Diverged when updates stay non-finite, UserError when `workdir` cannot be written or holds what is
+  damaged.
   """
   compiles = metrics_lib.CompileCounter()
   checkpoints = Checkpoints(str(workdir / "checkpoints"), config.checkpoint.keep)
@@ -61,6 +64,7 @@ def train(
 
   resumed = checkpoints.latest() is not None
   run = build_lib.build(config, sources, restore if resumed else None)
+  run.simulator.resume(workdir_lib.read_spent(workdir))
   if resumed:
     print(f"Going on after step {first}.")
   writer.truncate(first)
@@ -90,13 +94,14 @@ def train(
           run.state, update_metrics = run.updater.update(run.state, batch)
         run.policy.engine.model = sampling_copy(run.state.model)
         scalars = {k: float(v) for k, v in jax.device_get(update_metrics).items()}
-        done, reward = step + 1, float(rewards.mean())
+        done, reward = step + 1, present(np.mean, rewards)
         nonfinite = nonfinite + 1 if scalars["update/skipped"] else 0
       scalars |= metrics_lib.dialogue_metrics(dialogues) | row_metrics
       scalars["reward/mean"] = reward
       updates = int(run.state.updates)
       scalars["update/learning_rate"] = float(run.schedule(max(updates - 1, 0)))
       with timer("write"), writing(workdir):
+        workdir_lib.write_spent(workdir, run.simulator.spent())
         if config.log.dialogues_every and step % config.log.dialogues_every == 0:
           write_dialogues(workdir, done, dialogues)
       seconds = timer.take()
@@ -121,10 +126,13 @@ def train(
         if done % config.checkpoint.every == 0 or done == config.steps:
           save(done, reward)
       interrupts.check()
-  except (Interrupted, Diverged):
+  except (Interrupted, Diverged, BudgetSpent):
     save(done, reward)
+    with writing(workdir):
+      workdir_lib.write_spent(workdir, run.simulator.spent())
     raise
   finally:
+    run.simulator.close()
     checkpoints.close()
     writer.close()
   return metrics_lib.write_summary(workdir, {})
@@ -165,15 +173,26 @@ def play(
 
 
 def dialogue_reward(dialogue: Dialogue, config: ConfigDict) -> float:
-  """max(final emotion, 0) / 100, less the penalty for replies without a well-formed thought."""
+  """max(final emotion, 0) / 100, less the penalty for replies without a well-formed thought.
+
+  NaN for a dialogue whose user failed: it has no final emotion.
+  """
+  if dialogue.failed:
+    return math.nan
   replies = [turn.reply for turn in dialogue.turns]
   malformed = sum(not r.well_formed for r in replies) / max(1, len(replies))
   return emotion_lib.reward(dialogue.emotion) - config.dialogue.malformed_penalty * malformed
 
 
+def present(function: Callable[[np.ndarray], float], rewards: np.ndarray) -> float:
+  """A function of the rewards that are there; NaN where none is."""
+  given = rewards[~np.isnan(rewards)]
+  return float(function(given)) if given.size else math.nan
+
+
 def make_batch(config: ConfigDict, run: build_lib.Run, dialogues: list[Dialogue], rewards):
   """The update's batch, and metrics of its rows."""
-  segments = [d.segments for d in dialogues]
+  segments = [[] if d.failed else d.segments for d in dialogues]
   longest = max(rows_lib.row_length(s) for s in segments)
   length = next(n for n in run.row_lengths if n >= longest)
   rows = rows_lib.make_rows(segments, length)
@@ -184,7 +203,7 @@ def make_batch(config: ConfigDict, run: build_lib.Run, dialogues: list[Dialogue]
     "rows/length": length,
     "rows/longest": longest,
     "rows/trained_tokens": int(rows.mask.sum()),
-    "reward/std": float(np.std(rewards)),
+    "reward/std": present(np.std, rewards),
     "reward/groups_without_signal": float(
       np.mean(np.abs(advantages.reshape(-1, config.dialogue.group_size)).max(1) < 1e-6)
     ),
@@ -201,6 +220,7 @@ def write_dialogues(workdir: pathlib.Path, step: int, dialogues: list[Dialogue])
 def stage_metrics(run: build_lib.Run, seconds: dict[str, float], scalars: dict) -> dict[str, float]:
   """Seconds of each stage and tokens a second of rollout and update."""
   out = {f"seconds/{stage}": value for stage, value in seconds.items()}
+  out |= run.simulator.take_metrics()
   drawn = 0
   for name, engine in run.engines():
     stats = engine.take_stats()
