@@ -169,7 +169,7 @@ class Server:
 def settings(url: str, **changes) -> RemoteSettings:
   """Patience for tests, with these fields changed."""
   fields = {
-    "model": MODEL, "api_key_env": VARIABLE, "concurrency": 8, "timeout": 0.5, "retries": 2,
+    "model": MODEL, "api_key_env": VARIABLE, "concurrency": 8, "timeout": 2.0, "retries": 2,
     "first_wait": 0.01, "max_wait": 5.0, "reparse": 1, "token_budget": 0, "failure_budget": 100,
   }  # fmt: skip
   return RemoteSettings(base_url=url, **fields | changes)
