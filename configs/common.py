@@ -69,7 +69,8 @@ def _published(path: str) -> dict:
       "path": "",
     },
     "simulator": {
-      # language_model (a frozen model here) or scripted (a fixed appraisal, for debugging).
+      # language_model (a frozen model here), openai (a model behind an OpenAI-compatible server,
+      # see `remote`) or scripted (a fixed appraisal, for debugging).
       "kind": "language_model",
       # As policy.path and policy.dtype; its parameters are kept in the same dtype.
       "path": path,
@@ -90,6 +91,34 @@ def _published(path: str) -> dict:
       "cache_length": 16384,
       # Folder with en.txt and zh.txt to use instead of the package's templates.
       "templates": "",
+      # For simulator.kind=openai, which also takes score, appraise, the sampling and the limits
+      # above; there `choice` asks for the integer, as few servers score continuations.
+      "remote": {
+        # Address of the server's interface, as in https://host/v1 or http://localhost:8000/v1.
+        "base_url": "",
+        # The server's name of the model.
+        "model": "",
+        # Name of the environment variable that holds the key (any word where none is wanted).
+        "api_key_env": "OPENAI_API_KEY",
+        # Requests under way at once.
+        "concurrency": 64,
+        # Seconds until a request without an answer is given up.
+        "timeout": 120.0,
+        # More tries of a request after 408, 409, 425, 429, 5xx, time-outs, lost connections and
+        # answers that cannot be read.
+        "retries": 6,
+        # Seconds before the first of them (half to all of it, by chance), doubling with each, and
+        # the most; Retry-After is honoured up to the most.
+        "first_wait": 1.0,
+        "max_wait": 60.0,  # seconds
+        # More appraisals, with other seeds, where the change cannot be read.
+        "reparse": 2,
+        # Prompt and completion tokens that a run may spend, as the server reports them, through
+        # all its restarts; 0: no limit. Requests under way when it is reached come on top.
+        "token_budget": 0,
+        # Dialogues of a run that may be dropped because their user failed for good.
+        "failure_budget": 200,
+      },
     },
     "dialogue": {
       # direct, or think (<think>...</think> before the reply).

@@ -117,6 +117,12 @@ def build_policy(config: ConfigDict, sources: Sources, model: Qwen2 | Adapted) -
 
 def build_simulator(config: ConfigDict, sources: Sources) -> Simulator:
   """The simulated user that the configuration asks for, its model loaded."""
+  if config.simulator.kind == "openai":
+    from rlver_jax.dialogue.simulators import remote  # late: others do without the client
+
+    return remote.build(
+      config.simulator, simulator_settings(config), sources.templates, config.seed
+    )
   if sources.simulator is None:
     return ScriptedSimulator(sources.templates, config.seed)
   c, s, tokenizer = config.simulator, config.sampling, sources.simulator.tokenizer

@@ -1,6 +1,7 @@
 """A step's experience: dialogues are played, rewarded and laid out as rows."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -101,32 +102,35 @@ def _play_groups(config, sources, run, step, chosen, levels, first_group, on_rou
 
 
 def _has_signal(run: Run, group: list[Dialogue]) -> bool:
-  rewards = [reward(run, dialogue) for dialogue in group]
-  return max(rewards) - min(rewards) >= SAME
+  rewards = [total_reward(run, dialogue) for dialogue in group if not dialogue.failed]
+  return bool(rewards) and max(rewards) - min(rewards) >= SAME
 
 
-def reward(run: Run, dialogue: Dialogue) -> float:
-  """What a dialogue earned in all; 0 where the policy said nothing."""
-  return float(sum(turn_rewards(dialogue, run.reward)))
+def total_reward(run: Run, dialogue: Dialogue) -> float:
+  """What a dialogue earned in all: 0 where the policy said nothing, NaN where the user failed."""
+  return math.nan if dialogue.failed else float(sum(turn_rewards(dialogue, run.reward)))
 
 
 def make_experience(run: Run, played: Played) -> tuple[Experience, dict[str, float]]:
-  """The step's rows with their rewards, and metrics of both."""
+  """The step's rows with their rewards, and metrics of both.
+
+  A dialogue whose user failed becomes a row of padding: it is absent from its group.
+  """
   dialogues = played.trained
-  segments = [d.segments for d in dialogues]
+  segments = [[] if d.failed else d.segments for d in dialogues]
   longest = max(rows_lib.row_length(s) for s in segments)
   length = next(n for n in run.row_lengths if n >= longest)
   rows = rows_lib.make_rows(segments, length)
   rewards = [turn_rewards(d, run.reward) for d in dialogues]
   size = len(played.groups[0])
-  baselines = [0.0 if d is None else reward(run, d) for d in played.baselines]
+  baselines = [0.0 if d is None else total_reward(run, d) for d in played.baselines]
   experience = Experience(
     rows,
     rows_lib.place_rewards(segments, rewards, length),
     np.repeat(np.arange(len(played.groups), dtype=np.int32), size),
     np.repeat(np.float32(baselines), size),
   )
-  totals = np.array([sum(r) for r in rewards])
+  totals = np.array([total_reward(run, d) for d in dialogues if not d.failed] or [math.nan])
   metrics = {
     "rows/length": length,
     "rows/longest": longest,

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import re
+import urllib.parse
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -19,7 +21,7 @@ CHOICES = {
   "policy.dtype": ("float32", "bfloat16"),
   "policy.param_dtype": ("float32", "bfloat16"),
   "policy.remat": tuple(REMAT_POLICIES),
-  "simulator.kind": ("language_model", "scripted"),
+  "simulator.kind": ("language_model", "openai", "scripted"),
   "simulator.dtype": ("float32", "bfloat16"),
   "simulator.score": ("generate", "choice"),
   "dialogue.mode": ("direct", "think"),
@@ -44,6 +46,11 @@ AT_LEAST = {
   "simulator.max_plan_tokens": 1,
   "simulator.max_message_tokens": 1,
   "simulator.cache_length": 1,
+  "simulator.remote.concurrency": 1,
+  "simulator.remote.retries": 0,
+  "simulator.remote.reparse": 0,
+  "simulator.remote.token_budget": 0,
+  "simulator.remote.failure_budget": 0,
   "dialogue.scenarios_per_step": 1,
   "dialogue.group_size": 1,
   "dialogue.max_turns": 1,
@@ -92,6 +99,9 @@ POSITIVE = (
   "optimizer.eps",
   "optimizer.max_grad_norm",
   "lora.alpha",
+  "simulator.remote.timeout",
+  "simulator.remote.first_wait",
+  "simulator.remote.max_wait",
   "environment.easy.gain",
   "environment.easy.loss",
   "environment.challenging.gain",
@@ -115,8 +125,14 @@ BETWEEN = {
 }
 
 # Fields that a run in the same workdir may change: they say how long it goes on and what it
-# keeps, not what a step computes (`steps` also sets the length of warm-up and of a cosine).
-FREE = ("steps", "checkpoint", "log", "compilation_cache", "data.cache_dir")
+# keeps, not what a step computes (`steps` also sets the length of warm-up and of a cosine). Where
+# and how patiently a remote model is asked is free as well, which model is not.
+REMOTE = "base_url api_key_env concurrency timeout retries first_wait max_wait"
+REMOTE += " token_budget failure_budget"
+FREE = (
+  *("steps", "checkpoint", "log", "compilation_cache", "data.cache_dir"),
+  *(f"simulator.remote.{name}" for name in REMOTE.split()),
+)
 
 
 def get(config: ConfigDict, field: str) -> Any:
@@ -191,6 +207,37 @@ def validate(config: ConfigDict) -> None:
     raise UserError(
       "simulator.appraise is False, expected True with simulator.score 'generate', which reads "
       "the change from the appraisal."
+    )
+  if config.simulator.kind == "openai":
+    _validate_remote(config)
+
+
+def _validate_remote(config: ConfigDict) -> None:
+  """What a remote simulated user needs. Values that might hold a secret are not repeated."""
+  field = "simulator.remote"
+  address, model, variable = (
+    str(get(config, f"{field}.{name}")) for name in ("base_url", "model", "api_key_env")
+  )
+  try:
+    url = urllib.parse.urlsplit(address)
+    whole = url.scheme in ("http", "https") and bool(url.hostname) and (url.port or 1) > 0
+  except ValueError:
+    whole = False
+  if not whole:
+    raise UserError(
+      f"{field}.base_url is '{address}', expected an address such as http://localhost:8000/v1."
+    )
+  if url.username is not None or url.query or url.fragment:
+    raise UserError(
+      f"{field}.base_url holds more than an address, expected no user, query or fragment: a key "
+      f"belongs into the environment variable that {field}.api_key_env names."
+    )
+  if not model.strip():
+    raise UserError(f"{field}.model is empty, expected the server's name of the model.")
+  if not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", variable):
+    raise UserError(
+      f"{field}.api_key_env is not a name in capitals such as OPENAI_API_KEY, expected that of an "
+      "environment variable: the key itself is never part of a configuration."
     )
 
 

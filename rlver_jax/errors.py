@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a user can mend."""
+"""What ends a run with one sentence instead of a traceback."""
 
 
 class UserError(Exception):
@@ -6,4 +6,12 @@ class UserError(Exception):
 
   The message is one sentence: the field or file, what was found, what was expected.
   `main` prints it without a traceback and exits with code 2.
+  """
+
+
+class BudgetSpent(Exception):
+  """A budget of the configuration is spent; the run saves its state and ends.
+
+  The message is one sentence: the field, its value, what was spent. `main` prints it and exits with
+  code 1.
   """

@@ -1,8 +1,8 @@
 """The command line: `python -m rlver_jax.main --config=configs/grpo.py[:preset] --workdir=DIR`.
 
 Any field of the config can be overridden: `--config.policy.path=DIR`. Exit codes: 0 done, 1 the
-run diverged, 2 a mistake in the command, the configuration or the files, 128 + n stopped by
-signal n (after saving a checkpoint).
+run diverged or spent a budget (after saving a checkpoint), 2 a mistake in the command, the
+configuration, the files or the access to a server, 128 + n stopped by signal n (after saving too).
 """
 
 import os
@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from rlver_jax import cli
-from rlver_jax.errors import UserError
+from rlver_jax.errors import BudgetSpent, UserError
 
 CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
   except Interrupted as stop:
     print(f"{stop}; the same command goes on from the checkpoint.", flush=True)
     return 128 + stop.signum
-  except train.Diverged as error:
+  except (train.Diverged, BudgetSpent) as error:
     print(f"rlver_jax: {error}", file=sys.stderr)
     return 1
   print(metrics.format_summary(summary))

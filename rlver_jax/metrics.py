@@ -6,6 +6,7 @@ log. Names are `group/name`:
 
   emotion/*, dialogue/*, tokens/*, format/*, simulator/*   from `dialogue_metrics`
   environment/*   by level of difficulty, from `environment.level_metrics`
+  remote/*                        counts of a remote simulated user: requests, tokens, failures
   seconds/step, seconds/<stage>   wall time of the whole step, and of stages from `StageTimer`
   reward/mean, tokens/per_second, update/loss, update/clip_fraction
                                   from the loop and the update; `progress_line` shows them
@@ -31,7 +32,7 @@ from rlver_jax.dialogue.dialogue import Dialogue
 from rlver_jax.errors import UserError
 
 METRICS_FILE, SUMMARY_FILE, CHECKPOINTS = "metrics.jsonl", "summary.json", "checkpoints"
-ENDS = ("goodbye", "success", "failure", "turns", "length")  # values of `Dialogue.end`
+ENDS = ("goodbye", "success", "failure", "turns", "length", "failed")  # values of `Dialogue.end`
 
 
 class MetricsWriter:
@@ -198,10 +199,13 @@ def dialogue_metrics(dialogues: Sequence[Dialogue]) -> dict[str, float]:
   """Metrics of a batch of finished dialogues.
 
   Emotions are in points (at most 100), rates and `dialogue/end_*` fractions in 0..1, tokens
-  sampled counts; `emotion/turn_01` ... are means over the dialogues that got so far. A mean or
-  rate over nothing (no reply at all) is NaN. Raises ValueError for an empty batch.
+  sampled counts; `emotion/turn_01` ... are means over the dialogues that got so far. A dialogue
+  whose user failed has no emotion. A mean or rate over nothing (no reply at all, all users failed)
+  is NaN. Raises ValueError for an empty batch.
   """
-  final = np.array([d.emotion for d in dialogues])
+  longest = max(d.turn for d in dialogues)
+  felt = [d for d in dialogues if not d.failed]
+  final = np.array([d.emotion for d in felt] or [math.nan])
   turns = [turn for d in dialogues for turn in d.turns]
   # A reply is pending where the simulator had no room to appraise it.
   replies = [turn.reply for turn in turns] + [d.pending[0] for d in dialogues if d.pending]
@@ -210,8 +214,8 @@ def dialogue_metrics(dialogues: Sequence[Dialogue]) -> dict[str, float]:
     "emotion/final_mean": final.mean(),
     "emotion/final_min": final.min(),
     "emotion/final_max": final.max(),
-    "emotion/success_rate": np.mean(final >= emotion_lib.SUCCESS),
-    "emotion/failure_rate": np.mean(final < emotion_lib.FAILURE),
+    "emotion/success_rate": _mean([d.emotion >= emotion_lib.SUCCESS for d in felt]),
+    "emotion/failure_rate": _mean([d.emotion < emotion_lib.FAILURE for d in felt]),
     "dialogue/turns_mean": len(turns) / len(dialogues),
     **{f"dialogue/end_{end}": _mean([d.end == end for d in dialogues]) for end in ENDS},
     "tokens/policy": sum(reply.sampled_tokens for reply in replies),
@@ -221,8 +225,8 @@ def dialogue_metrics(dialogues: Sequence[Dialogue]) -> dict[str, float]:
     "format/truncated_rate": _mean([not reply.stopped for reply in replies]),
     "simulator/parse_failure_rate": _mean([not turn.plan.parsed for turn in turns]),
   }
-  for i in range(max(d.turn for d in dialogues)):
-    reached = [d.turns[i].emotion for d in dialogues if d.turn > i]
+  for i in range(longest):
+    reached = [d.turns[i].emotion for d in felt if d.turn > i]
     metrics[f"emotion/turn_{i + 1:02d}"] = _mean(reached)
   return {name: float(value) for name, value in metrics.items()}
 

@@ -81,6 +81,10 @@ def open_sources(config: ConfigDict) -> Sources:
         f"policy's, {policy.config.vocab_size}."
       )
   critic = _open_critic(config, policy)
+  if config.simulator.kind == "openai":
+    from rlver_jax.dialogue.simulators import remote  # late: others do without the client
+
+    remote.check(config.simulator)
   return Sources(mesh, scenarios, templates, policy, reference, critic, simulator)
 
 

@@ -14,12 +14,13 @@ from rlver_jax import build as build_lib
 from rlver_jax import config as config_lib
 from rlver_jax import metrics as metrics_lib
 from rlver_jax import trainables
+from rlver_jax import workdir as workdir_lib
 from rlver_jax.checkpoint import Checkpoints
 from rlver_jax.collect import make_experience, play
 from rlver_jax.dialogue import records
 from rlver_jax.dialogue.dialogue import Dialogue
 from rlver_jax.dialogue.environment import level_metrics
-from rlver_jax.errors import UserError
+from rlver_jax.errors import BudgetSpent, UserError
 from rlver_jax.interrupt import Interrupted, Interrupts
 from rlver_jax.rl.learner import LearnerState
 from rlver_jax.sources import Sources
@@ -34,8 +35,9 @@ def train(
 ) -> dict[str, Any]:
   """Runs, or goes on with, the run of `config` in `workdir`; returns the run's summary.
 
-  Raises Interrupted after saving when asked to stop, Diverged when updates stay non-finite,
-  UserError when `workdir` cannot be written or holds what is damaged.
+  Raises Interrupted after saving when asked to stop, BudgetSpent after saving when a budget is,
+  Diverged when updates stay non-finite, UserError when `workdir` cannot be written or holds what is
+  damaged.
   """
   compiles = metrics_lib.CompileCounter()
   checkpoints = Checkpoints(str(workdir / "checkpoints"), config.checkpoint.keep)
@@ -60,6 +62,7 @@ def train(
 
   resumed = checkpoints.latest() is not None
   run = build_lib.build(config, sources, restore if resumed else None)
+  run.simulator.resume(workdir_lib.read_spent(workdir))
   if resumed:
     print(f"Going on after step {first}.")
   writer.truncate(first)
@@ -97,6 +100,7 @@ def train(
       scalars |= level_metrics(played.trained)
       scalars |= learning_rates(config, run)
       with timer("write"), writing(workdir):
+        workdir_lib.write_spent(workdir, run.simulator.spent())
         if config.log.dialogues_every and step % config.log.dialogues_every == 0:
           write_dialogues(workdir, done, played.all)
       seconds = timer.take()
@@ -121,10 +125,13 @@ def train(
         if done % config.checkpoint.every == 0 or done == config.steps:
           save(done, reward)
       interrupts.check()
-  except (Interrupted, Diverged):
+  except (Interrupted, Diverged, BudgetSpent):
     save(done, reward)
+    with writing(workdir):
+      workdir_lib.write_spent(workdir, run.simulator.spent())
     raise
   finally:
+    run.simulator.close()
     checkpoints.close()
     writer.close()
   return metrics_lib.write_summary(workdir, {})
@@ -163,6 +170,7 @@ def learning_rates(config: ConfigDict, run: build_lib.Run) -> dict[str, float]:
 def stage_metrics(run: build_lib.Run, seconds: dict[str, float], scalars: dict) -> dict[str, float]:
   """Seconds of each stage and tokens a second of rollout and update."""
   out = {f"seconds/{stage}": value for stage, value in seconds.items()}
+  out |= run.simulator.take_metrics()
   drawn = 0
   for name, engine in run.engines():
     stats = engine.take_stats()

@@ -4,6 +4,7 @@ config.json       the configuration that the run belongs to
 checkpoints/      orbax checkpoints, by step
 metrics.jsonl     one line a step; tensorboard/ has the same
 dialogues/        the dialogues of each step, JSON lines
+spent.json        what a remote simulated user has cost so far
 summary.json      written when the run ends
 """
 
@@ -17,6 +18,8 @@ from ml_collections import ConfigDict
 
 from rlver_jax import config as config_lib
 from rlver_jax.errors import UserError
+
+SPENT_FILE = "spent.json"
 
 
 def claim(workdir: str, config: ConfigDict) -> pathlib.Path:
@@ -79,6 +82,26 @@ def _check(path: pathlib.Path, old: Any, new: dict[str, Any]) -> None:
       f"workdir {path} belongs to a run with {field} = {old.get(field)!r}, found "
       f"{new.get(field)!r}, expected the same configuration or another --workdir."
     )
+
+
+def read_spent(path: pathlib.Path) -> dict[str, int]:
+  """What the earlier starts of the run have spent; UserError where the file is damaged."""
+  file = path / SPENT_FILE
+  if not file.exists():
+    return {}
+  try:
+    spent = json.loads(file.read_text(encoding="utf-8"))
+    return {name: int(count) for name, count in spent.items()}
+  except (AttributeError, TypeError, ValueError) as error:
+    raise UserError(
+      f"{file} cannot be read ({error}), expected a JSON object of counts as a run writes it."
+    ) from error
+
+
+def write_spent(path: pathlib.Path, spent: dict[str, int]) -> None:
+  """Keeps what the run has spent, whatever becomes of its steps; nothing where that is nothing."""
+  if spent and jax.process_index() == 0:
+    write_json(path / SPENT_FILE, spent)
 
 
 def write_json(file: pathlib.Path, value: Any) -> None:

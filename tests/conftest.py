@@ -4,6 +4,7 @@ import os
 import pathlib
 
 import pytest
+import remote_server
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +14,13 @@ def qwen_path() -> pathlib.Path:
   if not path or not pathlib.Path(path, "config.json").exists():
     pytest.skip("RLVER_QWEN_PATH does not name a Qwen2.5-0.5B checkpoint directory")
   return pathlib.Path(path)
+
+
+@pytest.fixture
+def server(monkeypatch):
+  """A server for remote simulated users, whose key is in the environment."""
+  monkeypatch.setenv(remote_server.VARIABLE, remote_server.KEY)
+  monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+  server = remote_server.Server()
+  yield server
+  server.close()

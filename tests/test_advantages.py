@@ -40,6 +40,18 @@ def test_equal_rewards_give_exact_zeros_at_every_level_and_group_size(scale, dty
     np.testing.assert_array_equal(group_relative(levels, group_size, scale=scale), 0.0)
 
 
+@pytest.mark.parametrize("scale", [True, False])
+def test_absent_rewards_are_left_out_of_their_group(scale):
+  nan = np.nan
+  rewards = np.array([[0.2, nan, 0.5, 0.9], [nan, nan, 0.3, nan], [nan] * 4, [nan, 0.7, 0.7, 0.7]])
+  advantages = group_relative(rewards.ravel(), 4, scale=scale).reshape(4, 4)
+  np.testing.assert_allclose(
+    advantages[0, [0, 2, 3]], by_hand([0.2, 0.5, 0.9], 3, scale), atol=1e-5
+  )
+  assert advantages[0, 1] == 0
+  np.testing.assert_array_equal(advantages[1:], 0)
+
+
 def test_rewards_that_differ_by_one_point_of_emotion_keep_their_signal():
   advantages = group_relative(np.float32([0.98, 0.98, 0.98, 0.99]), 4)
   np.testing.assert_allclose(advantages, [-(3**-0.5)] * 3 + [3**0.5], atol=1e-3)

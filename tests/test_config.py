@@ -194,6 +194,46 @@ def test_levels_that_are_not_played_may_start_anywhere():
     config_lib.validate(changed(**changes, **{"environment.level": level}))
 
 
+REMOTE = {
+  "simulator.kind": "openai",
+  "simulator.remote.base_url": "http://localhost:8000/v1",
+  "simulator.remote.model": "some-model",
+}
+
+
+@pytest.mark.parametrize("url", ["http://[::1]:8000/v1", "https://host.example/v1/", "http://h"])
+def test_addresses_of_a_remote_simulated_user(url):
+  config_lib.validate(changed(**REMOTE | {"simulator.remote.base_url": url}))
+
+
+@pytest.mark.parametrize(
+  "url", ["", "localhost:8000/v1", "http://", "ftp://host/v1", "http://h:x/v1", "http://[::1/v1"]
+)
+def test_what_is_no_address_is_named(url):
+  changes = REMOTE | {"simulator.remote.base_url": url}
+  assert message(**changes) == (
+    f"simulator.remote.base_url is '{url}', expected an address such as http://localhost:8000/v1."
+  )
+  config_lib.validate(changed(**changes | {"simulator.kind": "scripted"}))  # not needed there
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "named"),
+  [
+    ("base_url", "https://sk-secret@host/v1", "base_url holds more than an address"),
+    ("base_url", "https://me:sk-secret@host/v1", "base_url holds more than an address"),
+    ("base_url", "https://host/v1?key=sk-secret", "base_url holds more than an address"),
+    ("api_key_env", "sk-secret", "api_key_env is not a name in capitals"),
+    ("api_key_env", "", "api_key_env is not a name in capitals"),
+    ("model", " ", "model is empty, expected the server's name of the model."),
+  ],
+)
+def test_other_mistakes_of_a_remote_simulated_user_are_named_and_no_secret(field, value, named):
+  text = message(**REMOTE | {f"simulator.remote.{field}": value})
+  assert text.startswith(f"simulator.remote.{named}")
+  assert "secret" not in text
+
+
 def test_flatten_gives_dotted_names_and_what_json_keeps():
   config = ConfigDict({"a": 1, "b": {"c": (64, 256), "d": {"e": "x"}}})
   flat = config_lib.flatten(config)
@@ -214,6 +254,8 @@ def other(value):
 def test_a_run_may_change_how_long_it_goes_on_and_what_it_keeps_and_nothing_else(field):
   free = {"steps", "compilation_cache", "data.cache_dir"}
   may_change = field in free or field.split(".")[0] in ("checkpoint", "log")
+  if field.startswith("simulator.remote."):  # where and how patiently a model is asked, not which
+    may_change = field.rpartition(".")[2] not in ("model", "reparse")
   config = grpo.get_config()
   old = config_lib.flatten(config)
   new = old | {field: other(old[field])}

@@ -5,6 +5,7 @@ import pytest
 
 from rlver_jax.dialogue.dialogue import (
   Dialogue,
+  Failed,
   NoRoom,
   Plan,
   PolicyReply,
@@ -14,12 +15,12 @@ from rlver_jax.dialogue.dialogue import (
 )
 
 REPLY, PLAN, MESSAGE = PolicyReply("Go on.", None, True, True, 4), Plan(3), UserMessage("Well.")
-ANSWERS = (REPLY, PLAN, MESSAGE, NoRoom())
+ANSWERS = (REPLY, PLAN, MESSAGE, NoRoom(), Failed())
 TAKES = {
-  Stage.OPENING: (UserMessage, NoRoom),
+  Stage.OPENING: (UserMessage, NoRoom, Failed),
   Stage.POLICY: (PolicyReply, NoRoom),
-  Stage.PLAN: (Plan, NoRoom),
-  Stage.MESSAGE: (UserMessage, NoRoom),
+  Stage.PLAN: (Plan, NoRoom, Failed),
+  Stage.MESSAGE: (UserMessage, NoRoom, Failed),
   Stage.DONE: (),
 }
 WAY = {
@@ -127,5 +128,9 @@ def test_a_goodbye_ends_it_with_the_message_kept():
 def test_no_room_ends_it_and_keeps_what_was_appraised(stage, turns, emotion):
   d = dialogue(*WAY[stage], NoRoom())
   assert (d.stage, d.end, d.turn, d.emotion) == (Stage.DONE, "length", turns, emotion)
+  assert not d.failed
+  if stage is not Stage.POLICY:  # so does a user who fails
+    other = dialogue(*WAY[stage], Failed())
+    assert (other.stage, other.end, other.turn) == (Stage.DONE, "failed", turns) and other.failed
   if stage is Stage.PLAN:  # said, but never appraised
     assert d.last_reply == REPLY

@@ -14,6 +14,7 @@ from rlver_jax.models import weights
 from rlver_jax.models.qwen2 import Qwen2Config
 from rlver_jax.partitioning import make_mesh
 from rlver_jax.permutation import permutation
+from rlver_jax.rl import rows as rows_lib
 from rlver_jax.rl.learner import Learner
 from rlver_jax.rl.prepare import Experience, Frozen, LearnerSettings
 from rlver_jax.rl.rows import Rows
@@ -403,6 +404,19 @@ def test_an_update_that_is_not_finite_changes_no_bit(trouble, running):
     np.testing.assert_array_equal(bits(a), bits(b))
   state, metrics = learner.learn(state, Frozen(), experience_of(rows), step=2, seed=0)
   assert metrics["update/skipped"] == 0  # and the run can go on
+  assert int(state.policy.updates) == int(before.policy.updates) + 1
+
+
+def test_an_update_with_nothing_to_learn_from_changes_no_bit(running):
+  """Not even by weight decay and momentum."""
+  learner, rows, before = running
+  padding = rows_lib.make_rows([[]] * len(rows.mask), rows.mask.shape[1])
+  experience = experience_of(padding)
+  state, metrics = learner.learn(on_device(learner, before), Frozen(), experience, step=1, seed=0)
+  assert (metrics["update/skipped"], metrics["update/loss"]) == (0, 0)
+  for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(before), strict=True):
+    np.testing.assert_array_equal(bits(a), bits(b))
+  state, _ = learner.learn(state, Frozen(), experience_of(rows), step=2, seed=0)
   assert int(state.policy.updates) == int(before.policy.updates) + 1
 
 

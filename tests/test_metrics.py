@@ -256,6 +256,7 @@ def test_metrics_of_dialogues_worked_out_by_hand():
     "dialogue/end_goodbye": 1 / 6,
     "dialogue/end_length": 2 / 6,
     "dialogue/end_turns": 1 / 6,
+    "dialogue/end_failed": 0,
     "tokens/policy": 7 + 9 + 5 + 5 + 4 + 20 + 10 + 6,
     "tokens/simulator": (3 + 2 + 4) + (1 + 1 + 1 + 1 + 1) + (8 + 6 + 5) + (2 + 2) + (1 + 1),
     "tokens/reply_mean": (7 + 9 + 5 + 5 + 4 + 20 + 10 + 6) / 10,

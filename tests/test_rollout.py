@@ -273,7 +273,7 @@ class OneAtATime:
   def submit(self, slot, dialogue):
     self._asked[slot] = dialogue
 
-  def poll(self):
+  def poll(self, wait=False):
     if not self._asked:
       return {}
     self._user.submit(*self._asked.popitem())

@@ -84,6 +84,18 @@ def test_a_broken_config_json_is_named(tmp_path, content):
   assert (tmp_path / "config.json").read_bytes() == content
 
 
+def test_what_a_run_has_spent_is_kept(tmp_path):
+  assert workdir.read_spent(tmp_path) == {}
+  workdir.write_spent(tmp_path, {})
+  assert not list(tmp_path.iterdir())  # nothing is spent on a simulated user on this machine
+  workdir.write_spent(tmp_path, {"prompt_tokens": 3, "failures": 0})
+  assert workdir.read_spent(tmp_path) == {"prompt_tokens": 3, "failures": 0}
+  for content in ("{", "[1]", '{"failures": "many"}', '{"failures": null}'):
+    (tmp_path / "spent.json").write_text(content)
+    with pytest.raises(UserError, match=r"spent\.json cannot be read"):
+      workdir.read_spent(tmp_path)
+
+
 def test_of_several_processes_only_the_first_one_writes(tmp_path, monkeypatch):
   monkeypatch.setattr(jax, "process_index", lambda: 1)
   assert workdir.claim(str(tmp_path / "run"), runs.config()) == tmp_path / "run"

@@ -77,7 +77,14 @@ class NoRoom:
   """No answer: the context of whoever was asked has no room for one. It ends the dialogue."""
 
 
-Answer = UserMessage | PolicyReply | Plan | NoRoom
+@dataclasses.dataclass(frozen=True)
+class Failed:
+  """No answer, now or later: the user cannot be reached or cannot be understood.
+
+  It ends the dialogue, whose emotion then says nothing about the policy."""
+
+
+Answer = UserMessage | PolicyReply | Plan | NoRoom | Failed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +132,7 @@ class Dialogue:
   opening: UserMessage | None = None
   turns: list[Turn] = dataclasses.field(default_factory=list)
   segments: list[Segment] = dataclasses.field(default_factory=list)
-  end: str = ""  # why it ended: goodbye, success, failure, turns, length
+  end: str = ""  # why it ended: goodbye, success, failure, turns, length, failed
   pending: tuple = ()  # answers of the turn in progress
   greedy: bool = False
 
@@ -153,6 +160,11 @@ class Dialogue:
     return self.turns[-1].reply if self.turns else None
 
   @property
+  def failed(self) -> bool:
+    """Whether the user failed, so that the dialogue has no final emotion and no reward."""
+    return self.end == "failed"
+
+  @property
   def last_plan(self) -> Plan:
     """The appraisal that the message now asked for is conditioned on."""
     return self.pending[1]
@@ -166,6 +178,10 @@ class Dialogue:
         if self.stage is Stage.MESSAGE:
           self._close_turn(None)
         self._finish("length")
+      case ((Stage.OPENING | Stage.PLAN | Stage.MESSAGE), Failed()):
+        if self.stage is Stage.MESSAGE:
+          self._close_turn(None)
+        self._finish("failed")
       case Stage.POLICY, PolicyReply():
         self.pending, self.stage = (answer,), Stage.PLAN
       case Stage.PLAN, Plan():

@@ -22,8 +22,10 @@ def turn_rewards(dialogue: Dialogue, settings: RewardSettings) -> list[float]:
   The last reply earns max(final emotion, 0) / 100 (`final`, `both`), less the penalty times the
   share of replies without a well-formed thought; each reply earns the change of emotion that
   followed / 100 (`change`, `both`; a last reply that was not appraised earns none). Empty for a
-  dialogue without replies.
+  dialogue without replies, and for one whose user failed: it has no final emotion.
   """
+  if dialogue.failed:
+    return []
   replies = [turn.reply for turn in dialogue.turns]
   replies += [dialogue.pending[0]] if dialogue.pending else []
   if not replies:

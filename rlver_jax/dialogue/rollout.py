@@ -1,13 +1,14 @@
 """Plays a batch of dialogues: gathers what they ask for, and hands the answers back.
 
-The loop knows slots and stages only. In which order answers arrive, how many dialogues are
+The loop knows slots and stages only. While some dialogues wait for a user who is far away, the
+others go on. In which order answers arrive, how many dialogues are
 under way at once and which slot one occupies change nothing in what a dialogue says.
 """
 
 import collections
 from collections.abc import Callable, Sequence
 
-from rlver_jax.dialogue.dialogue import Dialogue, Rules, Stage
+from rlver_jax.dialogue.dialogue import Answer, Dialogue, Rules, Stage
 from rlver_jax.dialogue.levels import Level
 from rlver_jax.dialogue.policy import Policy
 from rlver_jax.dialogue.scenario import Scenario
@@ -68,7 +69,7 @@ def rollout(
       for slot, dialogue in placed.items():
         _ask(policy, simulator, slot, dialogue)
     for player in (policy, simulator):
-      for slot, answer in player.poll().items():
+      for slot, answer in _poll(player, policy, active).items():
         dialogue = active[slot]
         dialogue.advance(answer)
         if dialogue.stage is Stage.DONE:
@@ -77,6 +78,18 @@ def rollout(
         else:
           _ask(policy, simulator, slot, dialogue)
   return dialogues
+
+
+def _poll(
+  player: Policy | Simulator, policy: Policy, active: dict[int, Dialogue]
+) -> dict[int, Answer]:
+  """The answers that are ready; the user may take a moment where the policy has nothing to do.
+
+  That is decided from the dialogues, which are the same in all processes.
+  """
+  if player is policy:
+    return policy.poll()
+  return player.poll(wait=all(d.stage is not Stage.POLICY for d in active.values()))
 
 
 def _ask(policy: Policy, simulator: Simulator, slot: int, dialogue: Dialogue) -> None:

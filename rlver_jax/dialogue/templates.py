@@ -111,7 +111,7 @@ class Templates:
       else:
         lines.append(line)
     fields = {field: _plain("\n".join(found.get(field, ()))) for field in PLAN_FIELDS}
-    return fields, None if change_line is None else _integer(change_line)
+    return fields, None if change_line is None else parse_change(change_line)
 
 
 def load(language: str, folder: str = "", levels: Sequence[str] = ()) -> Templates:
@@ -289,8 +289,8 @@ def _plain(text: str) -> str:
   return text.strip().strip(_MARKUP).strip()
 
 
-def _integer(text: str) -> int | None:
-  """The integer in -10..10 that is all of `text`, or None."""
+def parse_change(text: str) -> int | None:
+  """The change of emotion: the integer in -10..10 that is all of `text`, or None."""
   text = unicodedata.normalize("NFKC", text).translate(_MINUS).strip().strip(_MARKUP)
   match = _INTEGER.fullmatch(text.rstrip(".。 "))
   if not match:

@@ -1,7 +1,7 @@
 """One optimizer step on a model: microbatches visited by a scan, gradients added up in float32.
 
 The same step trains the policy and the critic; they differ in their loss. An update whose loss
-or gradient is not finite leaves the state as it was.
+or gradient is not finite, or whose rows have no token to learn from, leaves the state as it was.
 """
 
 import dataclasses
@@ -186,7 +186,8 @@ def gradient_step(
     return TrainState(optax.apply_updates(state.model, changes), opt_state, state.updates + 1)
 
   # A `where` on every array instead would keep XLA from updating the state in place.
-  state = jax.lax.cond(finite, apply, lambda state, _: state, state, gradients)
+  learns = finite & jnp.any(batch.rows.mask)
+  state = jax.lax.cond(learns, apply, lambda state, _: state, state, gradients)
   tokens = jnp.maximum(1.0, jnp.sum(batch.rows.mask))
   metrics = parts.added | {name: total / tokens for name, total in parts.by_token.items()}
   skipped = 1.0 - finite.astype(jnp.float32)

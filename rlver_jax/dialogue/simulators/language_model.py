@@ -13,6 +13,7 @@ import numpy as np
 from rlver_jax.dialogue import emotion as emotion_lib
 from rlver_jax.dialogue.dialogue import Answer, Dialogue, NoRoom, Plan, Stage, UserMessage
 from rlver_jax.dialogue.scenario import Scenario
+from rlver_jax.dialogue.simulators.base import Simulator
 from rlver_jax.dialogue.templates import Templates
 from rlver_jax.errors import UserError
 from rlver_jax.sampling import programs
@@ -42,9 +43,9 @@ def change_choices(tokenizer: Tokenizer) -> programs.Choices:
   return programs.choices([[*tokenizer.encode(str(change)), end] for change in CHANGES])
 
 
-def persona_ids(tokenizer: Tokenizer, templates: Templates, scenario: Scenario) -> list[int]:
-  """The prefix that all dialogues of one scenario share: instructions, persona, background."""
-  text = templates.render(
+def persona_text(templates: Templates, scenario: Scenario) -> str:
+  """What all dialogues of one scenario begin with: instructions, persona, background."""
+  return templates.render(
     "system",
     persona=scenario.persona,
     background=scenario.background,
@@ -52,7 +53,11 @@ def persona_ids(tokenizer: Tokenizer, templates: Templates, scenario: Scenario) 
     traits=", ".join(scenario.traits),
     task=scenario.task,
   )
-  return tokenizer.chat.system(text)
+
+
+def persona_ids(tokenizer: Tokenizer, templates: Templates, scenario: Scenario) -> list[int]:
+  """The prefix that all dialogues of one scenario share, as token ids."""
+  return tokenizer.chat.system(persona_text(templates, scenario))
 
 
 def check_room(
@@ -86,7 +91,7 @@ class _Chat:
   tokens: int = 0
 
 
-class LanguageModelSimulator:
+class LanguageModelSimulator(Simulator):
   """Implements `base.Simulator` with a frozen model behind an engine.
 
   The engine's `choices` must be `change_choices`: they are also the way out when an appraisal
@@ -142,7 +147,7 @@ class LanguageModelSimulator:
         chat.scratch += [*self._wrap.user(question), *self._wrap.assistant_start]
         self._generate(slot, chat.scratch, MESSAGE_CALL, self.settings.max_message_tokens)
 
-  def poll(self) -> dict[int, Answer]:
+  def poll(self, wait: bool = False) -> dict[int, Answer]:
     ready, self._answers = self._answers, {}
     if self._to_score:
       contexts, self._to_score = self._to_score, {}
@@ -221,7 +226,7 @@ class LanguageModelSimulator:
     chat.scratch += [*own, *self._wrap.assistant_end]
     fields, change = self._template(chat.dialogue).parse_plan(text)
     if self.settings.score == "generate" and change is not None:
-      return Plan(change, tokens=chat.tokens, **_plan_fields(fields))
+      return Plan(change, tokens=chat.tokens, **plan_fields(fields))
     question = self._wrap.user(self._render(chat, "choice"))
     chat.scratch += [*question, *self._wrap.assistant_start]
     self._score(slot, chat.scratch)
@@ -232,8 +237,9 @@ class LanguageModelSimulator:
     chat.scratch += [*self._tokenizer.encode(str(change)), *self._wrap.assistant_end]
     fields, _ = self._template(chat.dialogue).parse_plan(chat.appraisal)
     parsed = self.settings.score == "choice"
-    return Plan(change, parsed=parsed, tokens=chat.tokens, **_plan_fields(fields))
+    return Plan(change, parsed=parsed, tokens=chat.tokens, **plan_fields(fields))
 
 
-def _plan_fields(fields: dict[str, str]) -> dict[str, str]:
+def plan_fields(fields: dict[str, str]) -> dict[str, str]:
+  """The fields of a `Plan` that `Templates.parse_plan` found, "" for the others."""
   return {name: fields.get(name, "") for name in ("content", "completion", "activity", "feeling")}

@@ -16,6 +16,7 @@ from rlver_jax.dialogue.dialogue import Dialogue, Plan, Stage, UserMessage
 from rlver_jax.dialogue.scenario import Scenario
 from rlver_jax.dialogue.simulators import lexicon as lexicon_lib
 from rlver_jax.dialogue.simulators.appraisal import appraise, level_of
+from rlver_jax.dialogue.simulators.base import Simulator
 from rlver_jax.dialogue.templates import Templates
 
 __all__ = ["ScriptedSimulator", "appraise"]
@@ -25,7 +26,7 @@ _SATISFIED_TURNS = 3  # replies before a contented user may leave
 _LEAVE_SATISFIED, _LEAVE_FED_UP = 3, 2  # ... which then happens once in so many turns
 
 
-class ScriptedSimulator:
+class ScriptedSimulator(Simulator):
   """A `Simulator` (see `base.py`) that answers at once.
 
   Args:
@@ -47,7 +48,7 @@ class ScriptedSimulator:
   def submit(self, slot: int, dialogue: Dialogue) -> None:
     self._waiting[slot] = dialogue
 
-  def poll(self) -> dict[int, Plan | UserMessage]:
+  def poll(self, wait: bool = False) -> dict[int, Plan | UserMessage]:
     answers = {slot: self._answer(dialogue) for slot, dialogue in self._waiting.items()}
     self._waiting.clear()
     return answers

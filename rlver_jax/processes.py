@@ -1,0 +1,30 @@
+"""What the processes of a run must agree on, told by the first of them."""
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+CHUNK = 16 * 1024  # bytes sent at a time: one program, whatever the length
+
+
+def from_first(message: bytes) -> bytes:
+  """The `message` of the first process, in every process; what the others pass is ignored.
+
+  All processes must call it at the same places. The bytes travel behind their number (8 bytes),
+  in chunks of one size.
+  """
+  if jax.process_count() == 1:
+    return message
+  sent = np.frombuffer(len(message).to_bytes(8, "big") + message, np.uint8)
+  received = _broadcast(sent[:CHUNK])
+  length = 8 + int.from_bytes(received[:8].tobytes(), "big")
+  while len(received) < length:
+    chunk = _broadcast(sent[len(received) : len(received) + CHUNK])
+    received = np.concatenate([received, chunk])
+  return received[8:length].tobytes()
+
+
+def _broadcast(part: np.ndarray) -> np.ndarray:
+  padded = np.zeros(CHUNK, np.uint8)
+  padded[: len(part)] = part
+  return np.asarray(multihost_utils.broadcast_one_to_all(padded))
