@@ -19,6 +19,16 @@ import pytest
 ONE, ALL_AXES, FSDP = (1, 1, 1), (2, 2, 2), (1, 8, 1)
 B1 = 0.9
 REWARDS = (0, 1, 3, 2, 5, 5, 0, 2)
+PPO_FIELDS = {
+  "algorithm.advantage": "gae",
+  "algorithm.whiten": True,
+  "algorithm.kl_coef": 0.0,
+  "critic.learning_rate": 1e-3,
+}
+PPO = {
+  "shared": {"critic.shared_layers": 1},
+  "adapters": {"critic.shared_layers": 0, "lora.policy_rank": 8, "lora.critic_rank": 8},
+}
 COLLECTIVE = re.compile(
   r" = (.*) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 )
@@ -40,6 +50,21 @@ def largest_moves(engine) -> dict[str, int]:
         sizes = [math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes]
         largest[where] = max(largest[where], *sizes)
   return largest
+
+
+def learn_ppo(config, experience, changes: dict):
+  """Two steps of PPO on the experience from fresh weights: state and metrics."""
+  from rlver_jax import trainables
+  from rlver_jax.sources import open_sources
+
+  config.update_from_flattened_dict(PPO_FIELDS | changes)
+  sources = open_sources(config)
+  frozen = trainables.load_frozen(config, sources)
+  learner = trainables.make_learner(config, sources)
+  state = learner.init(*trainables.fresh(config, sources, frozen))
+  for step in range(2):
+    state, values = learner.learn(state, frozen, experience, step=step, seed=0)
+  return state, values
 
 
 def work(mesh: tuple[int, int, int], folder: pathlib.Path) -> None:
@@ -135,6 +160,16 @@ def work(mesh: tuple[int, int, int], folder: pathlib.Path) -> None:
   measure("sampling copy", half)
   sizes["moves"] = {name: largest_moves(engine) for name, engine in run.engines()}
 
+  for form, changes in PPO.items():
+    state, values = learn_ppo(config, experience, changes)
+    arrays.update({f"{form}/{name}": np.asarray(x) for name, x in values.items()})
+    for name in ("policy", "critic"):
+      trained = getattr(state, name)
+      for part, tree in (("parameter", trained.model), ("moment", trained.opt_state[0].mu)):
+        found = jax.tree.leaves(tree)
+        arrays.update({f"{form}-{name}-{part}_{i}": np.asarray(x) for i, x in enumerate(found)})
+    measure(f"{form} critic", state.critic)
+
   np.savez(folder / "arrays.npz", **arrays)
   (folder / "sizes.json").write_text(json.dumps(sizes))
 
@@ -203,6 +238,25 @@ def test_an_update_gives_the_parameters_and_gradients_of_one_device(many, one):
     np.testing.assert_allclose(ours / (1 - B1), expected / (1 - B1), atol=1e-5)
   for ours, expected in zip(leaves(many, "parameter"), leaves(one, "parameter"), strict=True):
     np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", PPO)
+def test_ppo_gives_the_policy_and_critic_of_one_device(many, one, form):
+  for key in ("critic/loss", "critic/explained_variance", "critic/gradient_norm", "update/loss"):
+    key = f"{form}/{key}"
+    np.testing.assert_allclose(many.arrays[key], one.arrays[key], atol=1e-5, rtol=1e-4)
+  assert one.arrays[f"{form}/update/skipped"] == 0
+  for model in ("policy", "critic"):
+    for part in ("parameter", "moment"):
+      ours, expected = (leaves(result, f"{form}-{model}-{part}") for result in (many, one))
+      assert any(np.abs(x).max() > 1e-4 for x in expected)
+      for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+  _, fsdp, tensor = many.mesh
+  total, devices = many.sizes[f"{form} critic"].values()
+  assert total == one.sizes[f"{form} critic"]["total"]
+  # Adapters are cut along one side only: the rank is whole.
+  assert max(devices) < (1.1 / (fsdp * tensor) if form == "shared" else 0.8) * total
 
 
 def test_the_rollout_after_the_update_gives_the_tokens_of_one_device(many, one):
