@@ -57,12 +57,14 @@ def claim(workdir: str, config: ConfigDict) -> pathlib.Path:
 def read_config(workdir: str | os.PathLike) -> ConfigDict:
   """The configuration of the run in this folder (tuples are lists).
 
-  Raises UserError when the folder holds no run.
+  Raises UserError when the folder holds no run, or one that lacks a field.
   """
   file = pathlib.Path(workdir) / "config.json"
   try:
     flat = json.loads(file.read_text(encoding="utf-8"))
     return config_lib.unflatten(flat)
+  except UserError as error:
+    raise UserError(f"{file}: {error}") from error
   except OSError as error:
     raise UserError(
       f"{file} cannot be read ({error.strerror}), expected the folder of a run."

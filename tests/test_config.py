@@ -8,8 +8,9 @@ import pytest
 import runs
 from ml_collections import ConfigDict
 
-from configs import common, grpo
+from configs import common, grpo, ppo
 from rlver_jax import config as config_lib
+from rlver_jax import fields
 from rlver_jax.dialogue.levels import NAMES
 from rlver_jax.errors import UserError
 
@@ -35,9 +36,10 @@ def message(**changes) -> str:
   return str(raised.value)
 
 
+@pytest.mark.parametrize("recipe", [grpo, ppo], ids=["grpo", "ppo"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_each_preset_is_complete_and_valid(preset):
-  config = grpo.get_config(preset)
+def test_each_preset_is_complete_and_valid(recipe, preset):
+  config = recipe.get_config(preset)
   config_lib.validate(config)
   assert tuple(config_lib.flatten(config)) == FIELDS
   assert config.policy.path == config.simulator.path == common.MODELS[preset]
@@ -72,6 +74,34 @@ def test_the_7b_preset_is_the_published_recipe():
   }
   flat = config_lib.flatten(grpo.get_config("qwen2.5-7b"))
   assert {field: flat[field] for field in published} == published
+  # What PPO changes of it: a critic, and as many scenarios with one dialogue each.
+  changed = {
+    "dialogue.group_size": 1,
+    "algorithm.advantage": "gae",
+    "algorithm.gamma": 1.0,
+    "algorithm.lam": 1.0,
+    "algorithm.whiten": True,
+    "critic.path": "",
+    "critic.shared_layers": 0,
+    "critic.learning_rate": 5e-6,
+    "critic.warmup_fraction": 0.05,
+  }
+  flat = config_lib.flatten(ppo.get_config("qwen2.5-7b"))
+  assert {field: flat[field] for field in published | changed} == published | changed
+
+
+@pytest.mark.parametrize("preset", [p for p in PRESETS if p != "qwen2.5-7b"])
+def test_the_small_presets_play_as_many_dialogues_with_ppo_as_with_grpo(preset):
+  dialogues = [r.get_config(preset).dialogue for r in (grpo, ppo)]
+  numbers = [d.scenarios_per_step * d.group_size for d in dialogues]
+  assert numbers[0] == numbers[1]
+  assert dialogues[1].group_size == 1
+
+
+@pytest.mark.parametrize("advantage", ["dr_grpo", "rloo", "reinforce_pp", "remax", "gae"])
+@pytest.mark.parametrize("loss", ["clip", "gspo"])
+def test_any_estimator_and_loss_is_an_override_away(advantage, loss):
+  config_lib.validate(changed(**{"algorithm.advantage": advantage, "algorithm.loss": loss}))
 
 
 def test_an_unknown_preset_is_named_with_those_there_are():
@@ -79,42 +109,41 @@ def test_an_unknown_preset_is_named_with_those_there_are():
     grpo.get_config("qwen3")
 
 
-@pytest.mark.parametrize("file", ["common.py", "grpo.py"])
-def test_every_field_has_a_comment_on_its_line_or_right_above(file):
-  """Fields are the string keys with a plain value in the files' dictionaries."""
-  source = (runs.REPOSITORY / "configs" / file).read_text(encoding="utf-8")
+def test_every_field_has_a_comment_on_its_line_or_right_above():
+  """Fields are the string keys with a plain value in the dictionaries of configs/common.py."""
+  source = (runs.REPOSITORY / "configs" / "common.py").read_text(encoding="utf-8")
   lines = source.splitlines()
-  bare, seen = [], 0
+  bare, seen = [], set()
   for node in ast.walk(ast.parse(source)):
     if not isinstance(node, ast.Dict) or len(node.keys) == 0:
       continue
     for key, value in zip(node.keys, node.values, strict=True):
       if isinstance(value, ast.Dict) or key.value in common.MODELS:
         continue
-      seen += 1
+      seen.add(key.value)
       on, above = lines[key.lineno - 1], lines[key.lineno - 2].strip()
       if "#" not in on and not above.startswith("#"):
         bare.append(key.value)
-  assert seen > 5
+  assert seen == {field.split(".")[-1] for field in FIELDS}
   assert not bare
 
 
-@pytest.mark.parametrize("field", config_lib.CHOICES)
+@pytest.mark.parametrize("field", fields.CHOICES)
 def test_a_value_outside_the_choices_is_named_with_them(field):
-  allowed = ", ".join(config_lib.CHOICES[field])
+  allowed = ", ".join(fields.CHOICES[field])
   assert message(**{field: "other"}) == f"{field} is 'other', expected one of: {allowed}."
 
 
-@pytest.mark.parametrize("field", config_lib.AT_LEAST)
+@pytest.mark.parametrize("field", fields.AT_LEAST)
 def test_a_number_below_the_least_is_named_with_it(field):
-  least = config_lib.AT_LEAST[field]
+  least = fields.AT_LEAST[field]
   bad = type(config_lib.get(grpo.get_config(), field))(least - 1)
   assert message(**{field: bad}) == f"{field} is {bad}, expected at least {least}."
 
 
-@pytest.mark.parametrize("field", config_lib.BETWEEN)
+@pytest.mark.parametrize("field", fields.BETWEEN)
 def test_a_number_beyond_its_bounds_is_named_with_them(field):
-  least, most = config_lib.BETWEEN[field]
+  least, most = fields.BETWEEN[field]
   for bad in (least - 1, most + 1):
     bad = type(config_lib.get(grpo.get_config(), field))(bad)
     expected = f"expected a number in [{least}, {most}]."
@@ -124,9 +153,9 @@ def test_a_number_beyond_its_bounds_is_named_with_them(field):
 @pytest.mark.parametrize(
   ("field", "bad", "expected"),
   [
-    *((field, bad, "more than 0") for field in config_lib.POSITIVE for bad in (0.0, -1.0)),
-    *((field, bad, "in [0, 1)") for field in config_lib.FRACTIONS for bad in (1.0, -0.1)),
-    *((f, bad, "in (0, 1]") for f in ("sampling.top_p", "simulator.top_p") for bad in (0.0, 1.1)),
+    *((field, bad, "more than 0") for field in fields.POSITIVE for bad in (0.0, -1.0)),
+    *((field, bad, "in [0, 1)") for field in fields.FRACTIONS for bad in (1.0, -0.1)),
+    *((field, bad, "in (0, 1]") for field in fields.SHARES for bad in (0.0, 1.1)),
   ],
 )
 def test_a_number_outside_its_range_is_named_with_it(field, bad, expected):
@@ -134,8 +163,32 @@ def test_a_number_outside_its_range_is_named_with_it(field, bad, expected):
   assert expected in message(**{field: bad})
 
 
+@pytest.mark.parametrize(
+  "field",
+  [
+    "algorithm.gamma", "algorithm.lam", "algorithm.advantage", "algorithm.loss",
+    "algorithm.aggregation", "algorithm.clip_low", "algorithm.clip_high", "algorithm.entropy_coef",
+    "algorithm.kl_coef", "algorithm.kl_estimator", "algorithm.kl_in", "algorithm.kl_target",
+    "algorithm.kl_horizon", "algorithm.importance_cap", "algorithm.dynamic_sampling_rounds",
+    "algorithm.epochs", "algorithm.minibatches", "critic.shared_layers", "critic.learning_rate",
+    "critic.warmup_fraction", "critic.warmup_steps", "critic.value_clip", "lora.policy_rank",
+    "lora.critic_rank", "lora.alpha", "lora.targets", "reward.kind", "reward.final_weight",
+    "reward.change_weight",
+  ],
+)  # fmt: skip
+def test_no_field_of_an_algorithm_goes_unchecked(field):
+  """-1e9, a word for what is a number, and a number for what is a word."""
+  value = config_lib.get(grpo.get_config(), field)
+  bad = ("x",) if isinstance(value, tuple) else -1e9 if isinstance(value, str) else "x"
+  assert message(**{field: bad}).startswith(f"{field} is ")
+  if not isinstance(value, str | tuple) and field not in fields.NUMBERS:
+    assert message(**{field: -1e9}).startswith(f"{field} is -1000000000.0, expected ")
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, "3", None])
-@pytest.mark.parametrize("field", ["optimizer.learning_rate", "steps", "sampling.top_p"])
+@pytest.mark.parametrize(
+  "field", ["optimizer.learning_rate", "steps", "sampling.top_p", *fields.NUMBERS]
+)
 def test_what_is_no_finite_number_is_named(field, bad):
   assert message(**{field: bad}) == f"{field} is {bad!r}, expected a finite number."
 
@@ -182,6 +235,33 @@ def test_a_field_that_a_file_of_the_users_own_lacks_is_named(field):
       {"simulator.score": "generate", "simulator.appraise": False},
       ("simulator.appraise is False", "'generate'"),
     ),
+    (
+      {"algorithm.minibatches": 3, "training.microbatch": 4},
+      ("algorithm.minibatches is 3", "divisor of the 4 microbatches"),
+    ),
+    ({"algorithm.minibatches": 2}, ("algorithm.minibatches is 2", "the 1 microbatches")),
+    *(
+      (
+        {"algorithm.advantage": name, "dialogue.group_size": 1, "training.microbatch": 4},
+        ("dialogue.group_size is 1", "at least 2", f"'{name}'"),
+      )
+      for name in ("grpo", "dr_grpo", "rloo")
+    ),
+    *(
+      (
+        {"algorithm.advantage": name, "algorithm.dynamic_sampling_rounds": 2},
+        ("algorithm.dynamic_sampling_rounds is 2", "expected 0", f"'{name}'"),
+      )
+      for name in ("reinforce_pp", "remax", "gae")
+    ),
+    ({"algorithm.kl_target": 0.1}, ("algorithm.kl_target is 0.1", "kl_coef is 0")),
+    ({"lora.targets": ()}, ("lora.targets is ()", "some of: q, k, v, o, gate, up, down.")),
+    ({"lora.targets": ("q", "qkv")}, ("lora.targets is ('q', 'qkv')", "some of: q, k, v")),
+    (
+      {"lora.critic_rank": 4, "critic.shared_layers": 1},
+      ("critic.shared_layers is 1", "lora.critic_rank"),
+    ),
+    ({"lora.critic_rank": 4, "critic.path": "x"}, ("critic.path is 'x'", "lora.critic_rank")),
   ],
 )
 def test_values_that_do_not_go_together_are_named(changes, named):
@@ -234,6 +314,23 @@ def test_other_mistakes_of_a_remote_simulated_user_are_named_and_no_secret(field
   assert "secret" not in text
 
 
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"algorithm.advantage": "reinforce_pp", "dialogue.group_size": 1, "training.microbatch": 4},
+    {"algorithm.minibatches": 4, "training.microbatch": 4},
+    {"algorithm.kl_target": 0.1, "algorithm.kl_coef": 0.01, "algorithm.kl_in": "reward"},
+    {"algorithm.dynamic_sampling_rounds": 3, "algorithm.advantage": "rloo"},
+    {"lora.critic_rank": 4, "lora.policy_rank": 2, "lora.targets": ("down",)},
+    {"critic.shared_layers": 1, "critic.path": "x"},
+    {"reward.final_weight": -1.0, "reward.change_weight": 0.0, "reward.kind": "both"},
+    {"algorithm.gamma": 1e-3, "algorithm.lam": 1, "algorithm.importance_cap": 2.0},
+  ],
+)
+def test_values_that_go_together_are_taken(changes):
+  config_lib.validate(changed(**changes))
+
+
 def test_flatten_gives_dotted_names_and_what_json_keeps():
   config = ConfigDict({"a": 1, "b": {"c": (64, 256), "d": {"e": "x"}}})
   flat = config_lib.flatten(config)
@@ -241,12 +338,36 @@ def test_flatten_gives_dotted_names_and_what_json_keeps():
   assert json.loads(json.dumps(flat)) == flat
 
 
+@pytest.mark.parametrize("recipe", [grpo, ppo], ids=["grpo", "ppo"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_configuration_comes_back_from_what_json_kept_of_it(recipe, preset):
+  config = recipe.get_config(preset)
+  flat = json.loads(json.dumps(config_lib.flatten(config)))
+  back = config_lib.unflatten(flat)
+  assert config_lib.flatten(back) == flat
+  assert config_lib.digest(back) == config_lib.digest(config)
+  config_lib.validate(back)
+  assert back.algorithm.advantage == config.algorithm.advantage
+  assert list(back.lora.targets) == list(config.lora.targets)
+  assert {name: type(v) for name, v in config_lib.flatten(back).items()} == {
+    name: type(v) for name, v in flat.items()
+  }
+
+
+@pytest.mark.parametrize("field", ["steps", "reward.kind", "lora.policy_rank", "critic.value_clip"])
+def test_a_configuration_that_lacks_a_field_does_not_come_back(field):
+  flat = config_lib.flatten(grpo.get_config())
+  del flat[field]
+  with pytest.raises(UserError, match=f"^{field} is missing, expected"):
+    config_lib.unflatten(flat)
+
+
 def other(value):
   """A value of the same type that is another."""
   if isinstance(value, bool):
     return not value
   if isinstance(value, list):
-    return [n + 1 for n in value]
+    return [value[-1], *value]
   return f"{value}-other" if isinstance(value, str) else value + 1
 
 

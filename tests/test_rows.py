@@ -1,9 +1,12 @@
 """Token rows against examples worked out by hand."""
 
+import random
+
 import numpy as np
+import pytest
 
 from rlver_jax.dialogue.dialogue import Segment
-from rlver_jax.rl.rows import make_rows, row_length
+from rlver_jax.rl.rows import make_rows, place_rewards, row_length
 
 DIRECT = [
   Segment((10, 11, 12)),
@@ -63,3 +66,45 @@ def test_dialogues_in_which_nothing_was_sampled_are_padding():
 def test_row_length_counts_up_to_the_last_sampled_token():
   lengths = [row_length(d) for d in (DIRECT, THINK, [], [Segment((1, 2))], DIRECT[:2])]
   assert lengths == [7, 9, 0, 0, 5]
+
+
+def test_a_reward_stands_at_the_last_token_of_its_reply():
+  placed = place_rewards([DIRECT, [], THINK], [[0.5, -2.0], [], [0.25, 1.0]], 11)
+  assert placed.dtype == np.float32
+  assert placed.tolist() == [
+    [0, 0, 0, 0, 0.5, 0, -2, 0, 0, 0, 0],
+    [0] * 11,
+    [0, 0, 0, 0, 0.25, 0, 0, 0, 1, 0, 0],
+  ]
+
+
+def test_a_dialogue_in_which_nothing_was_sampled_earns_nothing():
+  assert not place_rewards([[Segment((10, 11, 12))], []], [[], []], 5).any()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rewards_lie_where_a_walk_over_the_segments_puts_them(seed):
+  """Random dialogues, token by token; no reward lies off the policy's tokens."""
+  draw = random.Random(seed)
+  dialogues, rewards, expected = [], [], np.zeros((4, 64), np.float32)
+  for b in range(4):
+    segments, values, at = [], [], 0
+    for _ in range(draw.randrange(5)):
+      for logprobs in (None, (-1.0,)):
+        n = draw.randint(1, 6)
+        segments.append(Segment((7,) * n, 0, logprobs and logprobs * n))
+        at += n
+      values.append(draw.randint(-100, 100) / 64)
+      expected[b, at - 1] = values[-1]
+    segments.append(Segment((8, 8)))
+    dialogues.append(segments)
+    rewards.append(values)
+  placed = place_rewards(dialogues, rewards, 64)
+  np.testing.assert_array_equal(placed, expected)
+  assert not placed[~make_rows(dialogues, 64).mask].any()
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [1.0, 2.0, 3.0]])
+def test_every_reply_needs_a_reward_of_its_own(values):
+  with pytest.raises(ValueError):
+    place_rewards([DIRECT], [values], 10)

@@ -96,6 +96,50 @@ def test_what_a_run_has_spent_is_kept(tmp_path):
       workdir.read_spent(tmp_path)
 
 
+def test_the_configuration_of_a_run_is_read_back(tmp_path):
+  config = runs.config(**{"lora.policy_rank": 3, "algorithm.advantage": "rloo"})
+  workdir.claim(str(tmp_path / "run"), config)
+  back = workdir.read_config(tmp_path / "run")
+  assert config_lib.flatten(back) == config_lib.flatten(config)
+  assert (back.lora.policy_rank, back.algorithm.advantage) == (3, "rloo")
+  assert back.sampling.extend_buckets == [128]
+
+
+def unreadable(path) -> str:
+  """What `read_config` says, in one line."""
+  with pytest.raises(UserError) as raised:
+    workdir.read_config(path)
+  assert "\n" not in str(raised.value)
+  return str(raised.value)
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+  for folder in (tmp_path / "none", tmp_path):
+    assert unreadable(folder) == (
+      f"{folder}/config.json cannot be read (No such file or directory), expected the folder of a "
+      "run."
+    )
+
+
+@pytest.mark.parametrize(
+  "content", [b"", b"{", b"[1, 2]", b"3", b"\xff\xfe{}", b'{"policy": 3, "policy.dtype": "x"}']
+)
+def test_what_is_no_configuration_of_a_run_is_named(tmp_path, content):
+  (tmp_path / "config.json").write_bytes(content)
+  text = unreadable(tmp_path)
+  assert text.startswith(f"{tmp_path}/config.json is not the configuration of a run (")
+  assert text.endswith("), expected one that rlver_jax.main wrote.")
+
+
+@pytest.mark.parametrize("field", ["steps", "critic.value_clip", "algorithm.loss"])
+def test_a_configuration_of_a_run_that_lacks_a_field_is_named_by_file_and_field(tmp_path, field):
+  """As one is that an earlier version wrote."""
+  flat = config_lib.flatten(runs.config())
+  del flat[field]
+  (tmp_path / "config.json").write_text(json.dumps(flat))
+  assert unreadable(tmp_path).startswith(f"{tmp_path}/config.json: {field} is missing, expected ")
+
+
 def test_of_several_processes_only_the_first_one_writes(tmp_path, monkeypatch):
   monkeypatch.setattr(jax, "process_index", lambda: 1)
   assert workdir.claim(str(tmp_path / "run"), runs.config()) == tmp_path / "run"

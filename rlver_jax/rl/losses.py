@@ -134,7 +134,10 @@ def explained_variance(
   NaN where the returns do not vary.
   """
   error = jnp.var(returns_BT - values_BT, where=mask_BT)
-  return 1.0 - error / jnp.var(returns_BT, where=mask_BT)
+  # Against the least, so that equal returns leave no rounding to divide by.
+  returns_BT = returns_BT - jnp.min(returns_BT, where=mask_BT, initial=jnp.inf)
+  variance = jnp.var(returns_BT, where=mask_BT)
+  return jnp.where(variance > 0, 1.0 - error / variance, jnp.nan)
 
 
 def adapted_kl_coef(

@@ -51,7 +51,8 @@ def place_rewards(
     trained = _trained(segments)
     ends = np.cumsum([len(s.ids) for s in trained], dtype=int)
     sampled = [end - 1 for s, end in zip(trained, ends, strict=True) if s.logprobs is not None]
-    row[sampled] = values
+    for at, value in zip(sampled, values, strict=True):
+      row[at] = value
   return placed
 
 

@@ -1,0 +1,114 @@
+"""Which values each field of a configuration may have, whatever the others are."""
+
+from rlver_jax.dialogue import environment as environment_lib
+from rlver_jax.dialogue import levels as levels_lib
+from rlver_jax.models.qwen2 import REMAT_POLICIES
+from rlver_jax.rl.advantages import ESTIMATORS
+from rlver_jax.rl.losses import AGGREGATIONS, KL_ESTIMATORS, POLICY_LOSSES
+
+CHOICES = {
+  "policy.dtype": ("float32", "bfloat16"),
+  "policy.param_dtype": ("float32", "bfloat16"),
+  "policy.remat": tuple(REMAT_POLICIES),
+  "simulator.kind": ("language_model", "openai", "scripted"),
+  "simulator.dtype": ("float32", "bfloat16"),
+  "simulator.score": ("generate", "choice"),
+  "dialogue.mode": ("direct", "think"),
+  "environment.level": environment_lib.KINDS,
+  "environment.curriculum.start": levels_lib.NAMES,
+  "optimizer.schedule": ("constant", "cosine"),
+  "optimizer.moment_dtype": ("float32", "bfloat16"),
+  "reward.kind": ("final", "change", "both"),
+  "algorithm.advantage": tuple(ESTIMATORS),
+  "algorithm.loss": POLICY_LOSSES,
+  "algorithm.aggregation": AGGREGATIONS,
+  "algorithm.kl_estimator": KL_ESTIMATORS,
+  "algorithm.kl_in": ("loss", "reward"),
+}
+
+# The lowest allowed value of a field.
+AT_LEAST = {
+  "steps": 1,
+  "seed": 0,
+  "simulator.temperature": 0,
+  "simulator.top_k": 0,
+  "simulator.max_plan_tokens": 1,
+  "simulator.max_message_tokens": 1,
+  "simulator.cache_length": 1,
+  "simulator.remote.concurrency": 1,
+  "simulator.remote.retries": 0,
+  "simulator.remote.reparse": 0,
+  "simulator.remote.token_budget": 0,
+  "simulator.remote.failure_budget": 0,
+  "dialogue.scenarios_per_step": 1,
+  "dialogue.group_size": 1,
+  "dialogue.max_turns": 1,
+  "dialogue.malformed_penalty": 0,
+  "environment.weights.easy": 0,
+  "environment.weights.vanilla": 0,
+  "environment.weights.challenging": 0,
+  "environment.curriculum.window": 1,
+  "sampling.temperature": 0,
+  "sampling.top_k": 0,
+  "sampling.max_new_tokens": 1,
+  "sampling.max_prompt_tokens": 1,
+  "sampling.max_response_tokens": 1,
+  "sampling.slots": 0,
+  "sampling.decode_steps": 1,
+  "sampling.smallest_window": 1,
+  "critic.shared_layers": 0,
+  "critic.learning_rate": 0,
+  "critic.warmup_steps": 0,
+  "critic.value_clip": 0,
+  "lora.policy_rank": 0,
+  "lora.critic_rank": 0,
+  "algorithm.clip_low": 0,
+  "algorithm.clip_high": 0,
+  "algorithm.entropy_coef": 0,
+  "algorithm.kl_coef": 0,
+  "algorithm.kl_target": 0,
+  "algorithm.kl_horizon": 1,
+  "algorithm.dynamic_sampling_rounds": 0,
+  "algorithm.importance_cap": 0,
+  "algorithm.epochs": 1,
+  "algorithm.minibatches": 1,
+  "optimizer.learning_rate": 0,
+  "optimizer.weight_decay": 0,
+  "training.microbatch": 1,
+  "training.logprob_chunk": 1,
+  "training.smallest_row": 1,
+  "training.max_nonfinite": 1,
+  "checkpoint.every": 1,
+  "checkpoint.keep": 1,
+  "log.dialogues_every": 0,
+}
+
+NUMBERS = ("reward.final_weight", "reward.change_weight")  # of any size
+POSITIVE = (
+  "optimizer.eps",
+  "optimizer.max_grad_norm",
+  "lora.alpha",
+  "simulator.remote.timeout",
+  "simulator.remote.first_wait",
+  "simulator.remote.max_wait",
+  "environment.easy.gain",
+  "environment.easy.loss",
+  "environment.challenging.gain",
+  "environment.challenging.loss",
+)
+# In [0, 1).
+FRACTIONS = ("optimizer.warmup_fraction", "critic.warmup_fraction", "optimizer.b1", "optimizer.b2")
+# In (0, 1].
+SHARES = ("sampling.top_p", "simulator.top_p", "algorithm.gamma", "algorithm.lam")
+
+# The lowest and the highest allowed value of a field.
+BETWEEN = {
+  "environment.easy.emotion_offset": (-100, 100),
+  "environment.easy.leniency": (-20, 20),
+  "environment.easy.hints": (-1, 1),
+  "environment.easy.plain": (0, 1),
+  "environment.challenging.emotion_offset": (-100, 100),
+  "environment.challenging.leniency": (-20, 20),
+  "environment.challenging.hints": (-1, 1),
+  "environment.challenging.plain": (0, 1),
+}
