@@ -103,7 +103,10 @@ def _open_critic(config: ConfigDict, policy: ModelSource) -> ModelSource | None:
     raise UserError(
       f"critic.shared_layers is {shared}, expected fewer than the critic's {layers} layers."
     )
-  sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+  sizes = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim",
+  )  # fmt: skip
   if shared and any(getattr(critic.config, s) != getattr(policy.config, s) for s in sizes):
     raise UserError(
       f"critic.shared_layers is {shared}, expected 0 with a critic.path whose sizes are not the "
