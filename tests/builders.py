@@ -170,12 +170,22 @@ def sequence_logprobs(model: Qwen2, context, *continuations, temperature=1.0) ->
   From passes over context and continuation as a whole, one row each, without any cache. Rows
   are padded on the right to few lengths, which a causal pass does not see.
   """
+  logprobs = _next_logprobs(model, context, continuations, temperature)
+  return [row[np.arange(len(ids)), ids] for row, ids in zip(logprobs, continuations, strict=True)]
+
+
+def best_logprobs(model: Qwen2, context, continuation, temperature=1.0) -> np.ndarray:
+  """As `sequence_logprobs`, of the most probable token in place of each of the continuation's."""
+  (logprobs,) = _next_logprobs(model, context, [continuation], temperature)
+  return logprobs[: len(continuation)].max(-1)
+
+
+def _next_logprobs(model: Qwen2, context, continuations, temperature) -> np.ndarray:
   first, tail = len(context) - 1, 32
   tokens = np.zeros((len(continuations), -(-(first + tail) // 256) * 256), np.int32)
   for row, ids in zip(tokens, continuations, strict=True):
     row[: len(context) + len(ids)] = [*context, *ids]
-  logprobs = log_softmax(np.asarray(_tail_logits(model, tokens, first, tail)) / temperature)
-  return [row[np.arange(len(ids)), ids] for row, ids in zip(logprobs, continuations, strict=True)]
+  return log_softmax(np.asarray(_tail_logits(model, tokens, first, tail)) / temperature)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -212,8 +222,9 @@ def _text_engine(role: str, slots: int, decode_steps: int) -> "RecordingEngine":
 class RecordingEngine(Engine):
   """An engine that keeps what it was asked and what it answered.
 
-  asked: (slot, context, numbers, most new tokens) of each request; samples: (slot, sample) of
-  each complete sample; scored: (slot, context, log-probabilities) of each row that was scored.
+  asked: (slot, context, numbers, most new tokens) of each request; greedy: the numbers of those
+  that were greedy; samples: (slot, sample) of each complete sample; scored: (slot, context,
+  log-probabilities) of each row that was scored.
   """
 
   def __init__(self, *args, **kwargs):
@@ -224,13 +235,14 @@ class RecordingEngine(Engine):
   def fresh(self, model: Qwen2 | None = None) -> "RecordingEngine":
     """Forgets everything, and takes `model` or else the one that it was made with."""
     self.model = model or self.first_model
-    self.asked, self.samples, self.scored = [], [], []
+    self.asked, self.greedy, self.samples, self.scored = [], [], [], []
     self.take_stats()
     return self
 
   def submit(self, slot, request):
     super().submit(slot, request)
     self.asked.append((slot, request.ids, request.numbers, request.max_new_tokens))
+    self.greedy += [request.numbers] * request.greedy
 
   def step(self):
     samples = super().step()

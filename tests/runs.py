@@ -10,16 +10,15 @@ import sys
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache as compilation_cache_lib
 from ml_collections import ConfigDict
 
 from configs import grpo
-from rlver_jax import build, interrupt, train
+from rlver_jax import interrupt, train, trainables
 from rlver_jax.checkpoint import Checkpoints
 from rlver_jax.models import source, weights
 from rlver_jax.partitioning import make_mesh
-from rlver_jax.rl.update import TrainState
+from rlver_jax.rl.learner import LearnerState
 from rlver_jax.sources import open_sources
 from rlver_jax.workdir import claim
 
@@ -127,12 +126,9 @@ def dialogue_files(workdir: pathlib.Path) -> dict[str, bytes]:
 
 def restored(
   workdir: pathlib.Path, config: ConfigDict, step: int | None = None
-) -> tuple[TrainState, dict]:
+) -> tuple[LearnerState, dict]:
   """The whole state in a checkpoint of the run, the newest by default, and its metadata."""
-  sources = open_sources(config)
-  model = weights.abstract_model(sources.policy.config)
-  optimizer = build.make_optimizer(config, build.make_schedule(config))
-  state = jax.eval_shape(lambda m: TrainState(m, optimizer.init(m), jnp.int32(0)), model)
+  state = trainables.make_learner(config, open_sources(config)).abstract_state
   return Checkpoints(str(workdir / "checkpoints"), keep=None).restore(state, step)
 
 

@@ -1,4 +1,4 @@
-"""Advantages and returns against loops over Python numbers, in float64, on random masked batches."""
+"""Advantages and returns against loops over Python numbers, on random masked batches."""
 
 import math
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import runs
 
-from rlver_jax import build
+from rlver_jax import build, trainables
 
 
-def schedule(steps, epochs=1, fraction=0.0, kind="constant"):
+def schedule(steps, epochs=1, fraction=0.0, kind="constant", model="policy", number=None, **more):
+  """The rates of the first `number` updates, by default one an epoch of each step."""
   config = runs.config(
     **{
       "steps": steps,
@@ -18,10 +19,13 @@ def schedule(steps, epochs=1, fraction=0.0, kind="constant"):
       "optimizer.warmup_fraction": fraction,
       "optimizer.schedule": kind,
       "optimizer.learning_rate": 2.0,
+      "critic.learning_rate": 6.0,
+      "critic.warmup_fraction": 0.25,
     }
+    | more
   )
-  rate = build.make_schedule(config)
-  return [float(rate(n)) for n in range(steps * epochs)]
+  rate = trainables.make_schedule(config, model)
+  return [float(rate(n)) for n in range(number or steps * epochs)]
 
 
 def test_warm_up_rises_to_the_full_rate_and_stays_there():
@@ -33,6 +37,33 @@ def test_warm_up_rises_to_the_full_rate_and_stays_there():
 def test_a_cosine_falls_from_the_full_rate_towards_zero():
   expected = [1, 2] + [1 + math.cos(math.pi * n / 6) for n in range(6)]
   np.testing.assert_allclose(schedule(8, fraction=0.25, kind="cosine"), expected, rtol=1e-6)
+
+
+def test_every_minibatch_of_every_epoch_is_an_update():
+  more = {"algorithm.minibatches": 2}
+  expected = [0.5, 1, 1.5, 2, 2, 2, 2, 2]
+  np.testing.assert_allclose(schedule(2, 2, 0.5, number=8, **more), expected, rtol=1e-6)
+
+
+def test_the_critic_has_a_rate_and_a_warm_up_of_its_own():
+  options = {"fraction": 0.5, "model": "critic", "algorithm.advantage": "gae"}
+  np.testing.assert_allclose(schedule(8, **options), [3, 6, 6, 6, 6, 6, 6, 6], rtol=1e-6)
+  falling = [3, 6] + [3 + 3 * math.cos(math.pi * n / 6) for n in range(6)]
+  np.testing.assert_allclose(schedule(8, kind="cosine", **options), falling, rtol=1e-6)
+
+
+def test_the_policys_schedule_begins_when_the_critic_has_warmed_up():
+  """Of its own updates, which are fewer; only where there is a critic to wait for."""
+  more = {"critic.warmup_steps": 4, "fraction": 0.5, "number": 4}
+  gae, grpo = {"algorithm.advantage": "gae"}, {"algorithm.advantage": "grpo"}
+  np.testing.assert_allclose(schedule(8, **more, **gae), [1, 2, 2, 2], rtol=1e-6)
+  np.testing.assert_allclose(schedule(8, **more, **grpo), [0.5, 1, 1.5, 2], rtol=1e-6)
+
+
+def test_a_critic_may_warm_up_for_all_of_a_run():
+  more = {"critic.warmup_steps": 9, "algorithm.advantage": "gae"}
+  for kind in ("constant", "cosine"):
+    assert schedule(4, kind=kind, number=1, **more) == [2.0]
 
 
 @pytest.mark.parametrize(

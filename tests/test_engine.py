@@ -244,6 +244,36 @@ def test_a_sample_depends_on_its_numbers_and_not_on_its_company(engine, smaller)
   assert len(drawn) == 5
 
 
+def test_greedy_requests_take_the_best_tokens_and_leave_the_others_as_they_are(
+  engine, smaller, model
+):
+  """Against whole passes; the others' samples against those of a batch without greedy ones."""
+  contexts = {slot: ids(9 + 5 * slot, 130 + slot) for slot in range(SLOTS)}
+  batches = []
+  for greedy in ((), (1, 3)):
+    requests = {s: Request(c, (8, s, 0, 0), 14, greedy=s in greedy) for s, c in contexts.items()}
+    batches.append(play(engine, requests))
+    pieces = play(smaller, requests)  # answers that take several calls
+    assert all(pieces[s].ids == sample.ids for s, sample in batches[-1].items())
+  plain, mixed = batches
+  for slot in (0, 2):
+    assert mixed[slot] == plain[slot]
+  for slot in (1, 3):
+    drawn = mixed[slot]
+    assert_logprobs(model, contexts[slot], drawn)
+    best = builders.best_logprobs(model, contexts[slot], drawn.ids, TEMPERATURE)
+    np.testing.assert_allclose(drawn.logprobs, best, atol=1e-4)
+    unlike = builders.best_logprobs(model, contexts[slot], plain[slot].ids, TEMPERATURE)
+    assert np.max(unlike - plain[slot].logprobs) > 0.1  # a draw is no such thing
+
+
+def test_a_greedy_sample_does_not_depend_on_its_numbers(engine):
+  context = ids(21, 140)
+  numbers = [(8, 0, 0, 0), (9, 0, 0, 0), (8, 7, 0, 0), (8, 0, 3, 1)]
+  drawn = play(engine, {s: Request(context, n, 12, greedy=True) for s, n in enumerate(numbers)})
+  assert len({tuple(sample.ids) for sample in drawn.values()}) == 1
+
+
 def test_slots_without_a_request_are_untouched(engine, model):
   kept = {0: ids(18, 60), 3: ids(31, 61)}
   for slot, context in kept.items():

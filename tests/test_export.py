@@ -10,9 +10,9 @@ import pytest
 import runs
 import safetensors.numpy
 
-from rlver_jax import export
+from rlver_jax import export, trainables
 from rlver_jax.errors import UserError
-from rlver_jax.models import hub, weights
+from rlver_jax.models import hub, source, weights
 from rlver_jax.partitioning import make_mesh
 
 SETTINGS = runs.config(**{"checkpoint.every": 1, "checkpoint.keep": 4})
@@ -43,6 +43,11 @@ def loaded(directory, dtype="float32"):
   return weights.load(directory, config, make_mesh(1, -1, 1))
 
 
+def trained(workdir, step=None, settings=SETTINGS):
+  """What a checkpoint holds of the policy."""
+  return runs.restored(workdir, settings, step)[0].policy.model
+
+
 def same(a, b) -> bool:
   return all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
 
@@ -59,12 +64,12 @@ def test_the_checkpoint_that_was_asked_for_is_written(workdir, tmp_path, which):
   assert call(workdir, out, **asked, dtype="float32") == step
   ours = loaded(out)
   for other in (1, 2, 3, 4):
-    assert same(ours, runs.restored(workdir, SETTINGS, other)[0].model) == (other == step)
+    assert same(ours, trained(workdir, other)) == (other == step)
 
 
 def test_bfloat16_rounds_and_the_tokenizer_comes_along(workdir, tmp_path):
   call(workdir, tmp_path / "out")
-  rounded = jax.tree.map(lambda x: x.astype("bfloat16"), runs.restored(workdir, SETTINGS)[0].model)
+  rounded = jax.tree.map(lambda x: x.astype("bfloat16"), trained(workdir))
   assert same(loaded(tmp_path / "out", "bfloat16"), rounded)
   tensors = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
   assert {str(tensor.dtype) for tensor in tensors.values()} == {"bfloat16"}
@@ -82,7 +87,7 @@ def test_transformers_loads_the_same_weights_and_tokenizer(workdir, tmp_path):
   out = tmp_path / "out"
   call(workdir, out, dtype="float32")
   model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-  ours = runs.restored(workdir, SETTINGS)[0].model
+  ours = trained(workdir)
   theirs = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
   np.testing.assert_array_equal(theirs["model.embed_tokens.weight"], ours.embed[...])
   np.testing.assert_array_equal(theirs["model.norm.weight"], ours.norm[...])
@@ -104,6 +109,34 @@ def test_the_written_policy_can_be_trained_further(workdir, tmp_path):
   settings = runs.config(**{"policy.path": str(tmp_path / "out")})
   sources = runs.open_sources(settings)
   assert not sources.policy.drawn
+
+
+ADAPTED = ("q", "o", "down")
+
+
+def test_adapters_are_written_as_the_weights_that_they_make(tmp_path):
+  """W + alpha / rank * A B for each adapted map, whose axes are flattened to a matrix here."""
+  settings = runs.config(
+    **{"steps": 1, "lora.policy_rank": 3, "lora.alpha": 6.0, "lora.targets": ADAPTED}
+  )
+  runs.play(settings, tmp_path / "run")
+  assert call(tmp_path / "run", tmp_path / "out", dtype="float32") == 1
+  opened = source.open_source("tiny", "policy.path", dtype="float32", param_dtype="float32")
+  base = source.load_model(opened, make_mesh(1, -1, 1), settings.seed + trainables.POLICY_WEIGHTS)
+  adapters, ours = trained(tmp_path / "run", settings=settings), loaded(tmp_path / "out")
+  assert set(adapters) == set(ADAPTED)
+  for name in ("q", "k", "v", "o", "gate", "up", "down"):
+    found, expected = (np.asarray(getattr(m.layers, name)[...]) for m in (ours, base))
+    if name in ADAPTED:
+      for layer, weight in enumerate(expected):
+        pair = adapters[name].down, adapters[name].up
+        a, b = (np.asarray(p[...][layer], np.float64) for p in pair)
+        change = 2.0 * a.reshape(-1, 3) @ b.reshape(3, -1)
+        assert np.abs(change).max() > 1e-5
+        np.testing.assert_allclose(found[layer], weight + change.reshape(weight.shape), atol=1e-6)
+    else:
+      np.testing.assert_array_equal(found, expected)
+  np.testing.assert_array_equal(ours.embed[...], base.embed[...])
 
 
 def test_reading_leaves_the_run_as_it_is(workdir, tmp_path):
@@ -129,7 +162,7 @@ def test_what_cannot_be_exported_is_named(workdir, tmp_path):
   (fresh / "config.json").write_text("[1]")
   assert refusal(fresh, out).startswith(f"{fresh}/config.json is not the configuration of a run")
   (fresh / "config.json").write_text("{}")
-  assert "KeyError: 'policy.path'" in refusal(fresh, out)
+  assert refusal(fresh, out).startswith(f"{fresh}/config.json: policy.dtype is missing, expected ")
   assert not out.exists()
 
 

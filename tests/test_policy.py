@@ -222,6 +222,28 @@ def test_segments_are_what_was_sampled_and_contexts_what_the_engine_read(engine,
       assert tokenizer.decode(replies[-1]).strip() == reply.text
 
 
+@pytest.mark.parametrize("think", (False, True))
+def test_only_greedy_dialogues_are_answered_with_the_most_probable_tokens(engine, tokenizer, think):
+  placed = dict(enumerate(dialogues(4)))
+  for slot in (1, 3):
+    placed[slot].greedy = True
+  play(make(engine, tokenizer, settings(think)), placed, turns=2)
+  assert sorted(engine.greedy) == [
+    (0, d, turn, policy_lib.POLICY_CALL) for d in (1, 3) for turn in (0, 1)
+  ]
+  gaps = {slot: [] for slot in placed}
+  for slot, dialogue in placed.items():
+    for i, segment in enumerate(dialogue.segments):
+      if segment.logprobs is not None:
+        context = [t for s in dialogue.segments[:i] if s.branch == 0 for t in s.ids]
+        best = builders.best_logprobs(engine.model, context, segment.ids)
+        gaps[slot] += (best - segment.logprobs).tolist()
+  assert max(gaps[1] + gaps[3]) < 1e-4
+  assert max(gaps[0]) > 0.1 and max(gaps[2]) > 0.1
+  assert placed[1].segments == placed[3].segments  # the same context, whatever the numbers
+  assert placed[0].segments != placed[2].segments
+
+
 def test_what_was_said_is_read_once(engine, tokenizer):
   policy = make(engine, tokenizer, settings(think=False))
   (dialogue,) = dialogues(1)

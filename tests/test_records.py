@@ -156,6 +156,13 @@ def test_a_reply_that_was_never_appraised_is_recorded_too():
   assert (record["emo_point"], record["end"]) == (32, "length")
 
 
+@pytest.mark.parametrize("greedy", (False, True))
+def test_a_greedy_dialogue_is_marked(greedy):
+  d = Dialogue(4, 0, builders.scenario(), Rules(), greedy=greedy)
+  d.advance(NoRoom())
+  assert records.record(d)["greedy"] is greedy
+
+
 def test_a_dialogue_without_an_opening():
   d = Dialogue(0, 0, builders.scenario(first_message=""), Rules())
   d.advance(NoRoom())

@@ -138,6 +138,72 @@ def test_dialogues_stand_in_the_order_of_their_scenarios(with_scripted):
   assert first.turns[0].reply.text != second.turns[0].reply.text
 
 
+# Baselines, and groups played in addition.
+
+
+@pytest.fixture(scope="module")
+def with_baselines():
+  """Two sampled dialogues and a greedy one on each of two scenarios, with the policy that did."""
+  policy = make_policy(*ALL)
+  dialogues = play(policy, scripted(), ALL[0], baselines=True)
+  return dialogues, list(policy.engine.greedy), policy.engine.first_model
+
+
+def gap(model, dialogue):
+  """How far a sampled token was at most from the most probable one, in nats."""
+  gaps = [0.0]
+  for i, segment in enumerate(dialogue.segments):
+    if segment.logprobs is not None:
+      context = [t for s in dialogue.segments[:i] if s.branch == 0 for t in s.ids]
+      gaps += (builders.best_logprobs(model, context, segment.ids) - segment.logprobs).tolist()
+  return max(gaps)
+
+
+def test_each_group_ends_with_one_greedy_dialogue(with_baselines):
+  dialogues, asked_greedily, model = with_baselines
+  assert [d.index for d in dialogues] == [0, 1, 2, 3, 4, 5]
+  assert [d.group for d in dialogues] == [0, 0, 0, 1, 1, 1]
+  assert [d.scenario.language for d in dialogues] == ["en"] * 3 + ["zh"] * 3
+  assert [d.greedy for d in dialogues] == [False, False, True] * 2
+  assert all(d.stage is Stage.DONE and d.turn == 3 for d in dialogues)
+  assert {numbers[1] for numbers in asked_greedily} == {2, 5}
+  assert len(asked_greedily) == 6
+  for d in dialogues:
+    assert (gap(model, d) < 1e-4) == d.greedy
+
+
+def test_slots_and_steps_change_nothing_with_baselines(with_baselines):
+  assert_same(with_baselines[0], play(make_policy(*FEW), scripted(), FEW[0], baselines=True))
+
+
+def test_what_a_dialogue_says_follows_from_its_index_whoever_is_greedy_beside_it(with_baselines):
+  """With a third sampled dialogue in place of the greedy one, the others are the same."""
+  sampled = play(make_policy(*ALL), scripted(), ALL[0], group_size=3)
+  others = [with_baselines[0][i] for i in (0, 1, 3, 4)]
+  assert_same(others, [sampled[i] for i in (0, 1, 3, 4)])
+  assert plain(sampled)[2] != plain(with_baselines[0])[2]
+
+
+def test_the_first_group_offsets_indices_and_with_them_all_that_is_said(with_scripted):
+  """Group 1 by itself is what it is as the second of two groups."""
+  later = play(make_policy(*ALL), scripted(), ALL[0], first_group=1, given=scenarios()[1:])
+  assert [(d.index, d.group) for d in later] == [(2, 1), (3, 1)]
+  assert_same(with_scripted[2:], later)
+  far = play(make_policy(*ALL), scripted(), ALL[0], first_group=6)
+  assert [d.index for d in far] == [12, 13, 14, 15]
+  assert [d.group for d in far] == [6, 6, 7, 7]
+  said = [{t.reply.text for d in batch for t in d.turns} for batch in (with_scripted, far)]
+  assert not said[0] & said[1]
+
+
+def test_the_first_group_counts_the_greedy_dialogues_too(with_baselines):
+  later = play(
+    make_policy(*ALL), scripted(), ALL[0], first_group=1, baselines=True, given=scenarios()[1:]
+  )
+  assert [d.index for d in later] == [3, 4, 5]
+  assert_same(with_baselines[0][3:], later)
+
+
 def test_prefixes_are_read_once_for_their_group():
   policy, simulator = make_policy(*ALL), language_model(*ALL)
   dialogues = play(policy, simulator, ALL[0])

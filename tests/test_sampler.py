@@ -148,6 +148,37 @@ def test_greedy_takes_the_best_token_whatever_the_key(sampling):
 
 @pytest.mark.parametrize(
   "sampling",
+  (Sampling(), Sampling(temperature=0.3), Sampling(temperature=2.5, top_k=5, top_p=0.8)),
+  ids=str,
+)
+def test_greedy_rows_take_the_best_token_and_leave_the_others_bit_identical(sampling):
+  rows = np.stack([logits(seed) for seed in range(64)])
+  plain = [np.asarray(x) for x in draw_jit(rows, keys(64), sampling)]
+  best = rows.argmax(1)
+  greedy = np.random.default_rng(2).random(64) < 0.5
+  assert (plain[0][greedy] != best[greedy]).sum() > 3  # so that there is something to change
+  tokens, logprobs = (np.asarray(x) for x in draw_jit(rows, keys(64), sampling, greedy))
+  np.testing.assert_array_equal(tokens[greedy], best[greedy])
+  np.testing.assert_array_equal(tokens[~greedy], plain[0][~greedy])
+  np.testing.assert_array_equal(logprobs[~greedy], plain[1][~greedy])
+  wanted = builders.log_softmax(rows.astype(np.float64) / sampling.temperature).max(1)
+  np.testing.assert_allclose(logprobs[greedy], wanted[greedy], atol=3e-5)
+  assert (tokens.dtype, logprobs.dtype) == (np.int32, np.float32)
+  nobody = draw_jit(rows, keys(64), sampling, np.zeros(64, bool))
+  for result, reference in zip(nobody, plain, strict=True):
+    np.testing.assert_array_equal(result, reference)
+
+
+def test_a_greedy_row_does_not_depend_on_its_key():
+  rows = np.stack([logits(seed) for seed in range(16)])
+  everyone = np.ones(16, bool)
+  first, second = (draw_jit(rows, keys(16, seed), Sampling(), everyone)[0] for seed in (0, 9))
+  np.testing.assert_array_equal(first, rows.argmax(1))
+  np.testing.assert_array_equal(second, rows.argmax(1))
+
+
+@pytest.mark.parametrize(
+  "sampling",
   (
     Sampling(temperature=0.3, top_p=0.3),
     Sampling(temperature=2.5, top_k=5),

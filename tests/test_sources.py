@@ -1,5 +1,6 @@
 """What a run reads from: all that is checked before anything large is read."""
 
+import dataclasses
 import json
 
 import jax
@@ -25,6 +26,9 @@ def no_weights():
     patch.setattr(weights, "initialise", load)
     patch.setattr(weights, "load", load)
     yield
+
+
+PPO = {"algorithm.advantage": "gae"}
 
 
 def refusal(**changes) -> str:
@@ -63,20 +67,32 @@ def test_sources_of_the_default_run():
   assert sources.policy.drawn and sources.simulator.drawn
   assert sources.policy.config.param_dtype == "float32"
   assert sources.reference is None
+  assert sources.critic is None
 
 
 def test_only_what_a_run_needs_is_opened(tmp_path):
-  nowhere = {"simulator.path": str(tmp_path), "reference.path": str(tmp_path)}
-  sources = open_sources(runs.config(**nowhere))  # scripted, no KL
-  assert sources.simulator is None and sources.reference is None
+  nowhere = {f"{name}.path": str(tmp_path) for name in ("simulator", "reference", "critic")}
+  sources = open_sources(runs.config(**nowhere))  # scripted, no KL, no critic
+  assert sources.simulator is None and sources.reference is None and sources.critic is None
   assert refusal(**nowhere | runs.LANGUAGE_MODEL).startswith(f"{tmp_path}/config.json is missing")
   assert refusal(**nowhere, **{"algorithm.kl_coef": 0.1}).startswith(f"{tmp_path}/config.json")
+  assert refusal(**nowhere, **PPO).startswith(f"{tmp_path}/config.json")
 
 
 def test_an_empty_reference_path_means_the_policys():
   sources = open_sources(runs.config(**{"algorithm.kl_coef": 0.1}))
   assert sources.reference.directory == sources.policy.directory
   assert sources.reference.config.param_dtype == sources.policy.config.dtype
+
+
+def test_an_empty_critic_path_means_the_policys(directory):
+  changes = {"policy.path": str(directory), "policy.param_dtype": "bfloat16"}
+  sources = open_sources(runs.config(**PPO, **changes))
+  assert sources.critic.directory == sources.policy.directory == directory
+  assert sources.critic.config == sources.policy.config
+  assert sources.critic.config.param_dtype == "bfloat16"
+  other = open_sources(runs.config(**PPO, **{"critic.path": str(directory)}))
+  assert other.critic.directory == directory and other.policy.drawn
 
 
 @pytest.mark.parametrize(
@@ -178,15 +194,56 @@ def test_a_tokenizer_with_ids_beyond_the_embedding_is_named(directory, tmp_path)
   )
 
 
-def test_a_reference_of_another_vocabulary_is_named(tmp_path):
+def save_with(path, **sizes):
+  """Writes the embedded model's files with empty tensors of other sizes."""
   opened = source.open_source("tiny", "policy.path", dtype="float32", param_dtype="float32")
-  larger = dict(vars(opened.config), vocab_size=2050)
-  abstract = weights.abstract_model(type(opened.config)(**larger))
+  config = dataclasses.replace(opened.config, **sizes)
+  abstract = weights.abstract_model(config)
   zeros = jax.device_put(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract))
-  weights.save(zeros, tmp_path / "reference", source=opened.directory, dtype="float32")
-  changes = {"algorithm.kl_coef": 0.1, "reference.path": str(tmp_path / "reference")}
-  assert refusal(**changes) == (
-    "reference.path has a vocabulary of 2050, expected the policy's, 2048."
+  weights.save(zeros, path, source=opened.directory, dtype="float32")
+  spec = json.loads((path / "config.json").read_text())
+  (path / "config.json").write_text(json.dumps(spec | sizes))
+  return str(path)
+
+
+@pytest.mark.parametrize(
+  ("field", "needed"),
+  [("reference.path", {"algorithm.kl_coef": 0.1}), ("critic.path", PPO)],
+  ids=["reference", "critic"],
+)
+def test_a_model_of_another_vocabulary_is_named(tmp_path, field, needed):
+  path = save_with(tmp_path / "model", vocab_size=2050)
+  assert refusal(**needed, **{field: path}) == (
+    f"{field} has a vocabulary of 2050, expected the policy's, 2048."
+  )
+
+
+def test_a_critic_shares_fewer_layers_than_it_has():
+  layers = open_sources(runs.config()).policy.config.num_hidden_layers
+  open_sources(runs.config(**PPO, **{"critic.shared_layers": layers - 1}))
+  for shared in (layers, layers + 1):
+    assert refusal(**PPO, **{"critic.shared_layers": shared}) == (
+      f"critic.shared_layers is {shared}, expected fewer than the critic's {layers} layers."
+    )
+
+
+@pytest.mark.parametrize(
+  "sizes",
+  [
+    {"num_hidden_layers": 3},
+    {"intermediate_size": 96},
+    {"num_key_value_heads": 4},
+    {"head_dim": 16},
+  ],
+  ids=lambda sizes: next(iter(sizes)),
+)
+def test_a_critic_of_other_sizes_shares_no_layers(tmp_path, sizes):
+  policy = open_sources(runs.config()).policy.config
+  assert all(getattr(policy, name) != size for name, size in sizes.items())
+  changes = PPO | {"critic.path": save_with(tmp_path / "model", **sizes)}
+  open_sources(runs.config(**changes))
+  assert refusal(**changes, **{"critic.shared_layers": 1}) == (
+    "critic.shared_layers is 1, expected 0 with a critic.path whose sizes are not the policy's."
   )
 
 
