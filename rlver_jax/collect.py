@@ -15,11 +15,9 @@ from rlver_jax.dialogue.rollout import rollout
 from rlver_jax.dialogue.scenario import batch_indices
 from rlver_jax.permutation import permutation
 from rlver_jax.rl import rows as rows_lib
-from rlver_jax.rl.advantages import ESTIMATORS
+from rlver_jax.rl.advantages import ESTIMATORS, SAME
 from rlver_jax.rl.prepare import Experience
 from rlver_jax.sources import Sources
-
-SAME = 1e-6  # rewards that differ by less are equal
 
 
 @dataclasses.dataclass

@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs import grpo
 from rlver_jax.dialogue import environment as environment_lib
 from rlver_jax.dialogue import levels as levels_lib
 from rlver_jax.errors import UserError
@@ -215,7 +216,7 @@ def unflatten(flat: dict[str, Any]) -> ConfigDict:
         section[parent] = ConfigDict()
       section = section[parent]
     section[name] = value
-  for field in (*CHOICES, *AT_LEAST):
+  for field in flatten(grpo.get_config()):
     get(config, field)
   return config
 

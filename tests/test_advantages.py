@@ -208,6 +208,22 @@ def test_equal_rewards_give_exact_zeros_at_every_level_and_group_size(levels, fu
   np.testing.assert_array_equal(advantages, 0.0)
 
 
+@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo"])
+def test_rewards_that_are_equal_as_sums_of_different_changes_give_exact_zeros(estimator):
+  """Each row earns 8 changes k / 100, in all the same as the other of its group."""
+  random = np.random.default_rng(0)
+  points = random.integers(-10, 11, (2000, 8))
+  points[1::2, -1] += points[::2].sum(1) - points[1::2].sum(1)
+  rewards, groups = np.float32(points / 100), Groups(np.arange(2000, dtype=np.int32) // 2, 1000)
+  differ = rewards.sum(1)[::2] != rewards.sum(1)[1::2]
+  assert differ.mean() > 0.3  # rounding makes them differ
+  mask, none = np.ones(rewards.shape, bool), np.zeros(2000, np.float32)
+  advantages, _ = lib.estimate(
+    estimator, rewards, mask, groups, baselines_B=none, values_BT=None, gamma=1.0, lam=1.0
+  )
+  np.testing.assert_array_equal(advantages, 0.0)
+
+
 @pytest.mark.parametrize("function", [lib.leave_one_out, lib.group_relative])
 def test_absent_rows_do_not_count_whatever_their_rewards(function):
   options = {} if function is lib.leave_one_out else {"scale": False}

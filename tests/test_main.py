@@ -110,7 +110,7 @@ def test_a_broken_config_file_is_named(run_main, tmp_path, text, expected):
   [
     ({"dialogue.group_size": 3}, "training.microbatch is 4, expected a divisor of the 6 dialogues"),
     ({"training.microbatch": 3}, "training.microbatch is 3, expected a divisor of the 4 dialogues"),
-    ({"dialogue.group_size": 1}, "dialogue.group_size is 1, expected at least 2."),
+    ({"dialogue.group_size": 1, "training.microbatch": 2}, "group_size is 1, expected at least 2"),
     ({"simulator.kind": "oracle"}, "simulator.kind is 'oracle', expected one of: language_model"),
     ({"mesh.tensor": 3}, "whose product must be the 1 available device(s)"),
     ({"sampling.max_prompt_tokens": 9000}, "8192 positions of the policy model."),
@@ -174,12 +174,12 @@ def test_overrides_reach_the_run(run_main, tmp_path, monkeypatch):
     raise Interrupted(15)
 
   monkeypatch.setattr(train, "train", record)
-  run_main(GRPO, f"--workdir={tmp_path}", *runs.flags(**{"algorithm.scale_by_std": False}))
+  run_main(GRPO, f"--workdir={tmp_path}", *runs.flags(**{"algorithm.whiten": True}))
   [(config, sources, folder)] = seen
-  assert config.to_dict() == runs.config(**{"algorithm.scale_by_std": False}).to_dict()
+  assert config.to_dict() == runs.config(**{"algorithm.whiten": True}).to_dict()
   assert isinstance(sources, Sources) and folder == tmp_path
   assert config.is_locked
-  assert json.loads((tmp_path / "config.json").read_text())["algorithm.scale_by_std"] is False
+  assert json.loads((tmp_path / "config.json").read_text())["algorithm.whiten"] is True
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 EPSILON = 1e-6  # added to a standard deviation
+SAME = 1e-6  # rewards of a group that differ by less are equal
 
 # Estimator -> what it needs beside the rewards.
 ESTIMATORS = {
@@ -51,9 +52,10 @@ def group_relative(
 
   Returns [B]: zero throughout a group whose rewards are equal, or of which one is present.
   """
-  # Against the least of the group, so that equal rewards leave no rounding for `scale` to blow up.
+  # Against the least of the group, so that equal rewards, be they sums of different parts, leave
+  # no rounding for `scale` to blow up.
   least_B = groups.min(jnp.where(present_B, totals_B, jnp.inf))
-  totals_B = jnp.where(present_B, totals_B - least_B, 0.0)
+  totals_B = jnp.where(present_B & (totals_B - least_B >= SAME), totals_B - least_B, 0.0)
   number_B = jnp.maximum(groups.sum(present_B.astype(jnp.float32)), 1.0)
   deviation_B = jnp.where(present_B, totals_B - groups.sum(totals_B) / number_B, 0.0)
   if not scale:
