@@ -75,7 +75,7 @@ def test_a_run_drops_the_dialogues_whose_user_fails(server, tmp_path):
   assert second["rows/trained_tokens"] == second["update/loss"] == second["update/skipped"] == 0
   assert (third["remote/failures"], third["remote/requests"]) == (0, 4 * 3)
   state, _ = runs.restored(tmp_path / "run", config)
-  assert int(state.updates) == 2  # of three steps
+  assert int(state.policy.updates) == 2  # of three steps
   assert summary["steps"] == 3
   spent = json.loads((tmp_path / "run" / "spent.json").read_text())
   assert spent == {
