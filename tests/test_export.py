@@ -162,7 +162,9 @@ def test_what_cannot_be_exported_is_named(workdir, tmp_path):
   (fresh / "config.json").write_text("[1]")
   assert refusal(fresh, out).startswith(f"{fresh}/config.json is not the configuration of a run")
   (fresh / "config.json").write_text("{}")
-  assert refusal(fresh, out).startswith(f"{fresh}/config.json: algorithm.advantage is missing, expected ")
+  assert refusal(fresh, out).startswith(
+    f"{fresh}/config.json: algorithm.advantage is missing, expected "
+  )
   assert not out.exists()
 
 

@@ -89,7 +89,11 @@ def test_two_steps_on_real_weights_with_a_resume_between(qwen_path, tmp_path):
 @pytest.mark.timeout(3000)
 def test_two_steps_of_ppo_on_real_weights_with_shared_lower_layers(qwen_path, tmp_path):
   """The critic trains four layers of its own, above the policy's twenty lowest."""
-  changes = {"dialogue.scenarios_per_step": 8, "critic.shared_layers": 20}
+  changes = {
+    "dialogue.scenarios_per_step": 8,
+    "dialogue.max_turns": 1,
+    "critic.shared_layers": 20,
+  }
   output = run_steps("ppo", 2, tmp_path, qwen_path, **changes)
   peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
   print(f"\npeak memory {peak:.1f} GiB\n{output}")
