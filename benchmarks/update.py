@@ -47,7 +47,7 @@ def main() -> None:
   )
   settings = LearnerSettings(
     loss=loss,
-    estimator="remax",
+    estimator="remax",  # with baselines of zero: a row's advantage is its reward
     aggregation="token_mean",
     aggregation_constant=1.0,
     whiten=False,

@@ -43,8 +43,9 @@ def _published(path: str) -> dict:
     "critic": {
       # Used by algorithm.advantage gae. Path as policy.path; empty: the policy's initial weights.
       "path": "",
-      # How many of the lowest layers it shares with the policy, which it reads without training
-      # them; 0: all its weights are its own.
+      # How many of the lowest layers, with the embedding, it shares with the policy: it reads them
+      # as they stand and trains those above (they are frozen where the policy is trained by
+      # adapters, else the policy goes on training them); 0: all its weights are its own.
       "shared_layers": 0,
       # After warm-up; the other fields of `optimizer` hold for both.
       "learning_rate": 5e-6,
@@ -231,13 +232,13 @@ def _published(path: str) -> dict:
       "entropy_coef": 0.001,
       # Weight of the KL to the frozen reference; 0 loads no reference.
       "kl_coef": 0.0,
-      # k1, k2, k3 or k3_clamped: see rlver_jax/rl/losses.py.
+      # k1 (for the reward alone), k2, k3 or k3_clamped: see rlver_jax/rl/losses.py.
       "kl_estimator": "k3",
       # Where the KL counts: loss or reward (of each token).
       "kl_in": "loss",
       # Adapts kl_coef so that the KL stays near this, in nats a token; 0: kl_coef is fixed.
       "kl_target": 0.0,
-      # ... over about so many dialogues.
+      # ... over about so many dialogues, at least those of a step.
       "kl_horizon": 10_000,
       # For gae and reinforce_pp: discount of rewards, from one token of the policy to its next.
       "gamma": 1.0,

@@ -16,9 +16,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
   config.algorithm.update(advantage="gae", whiten=True)
   dialogues = config.dialogue.scenarios_per_step * config.dialogue.group_size
   config.dialogue.group_size = 1
-  if preset == "qwen2.5-7b":
-    config.training.microbatch = 8
-  else:  # as many dialogues a step as with groups
+  if preset != "qwen2.5-7b":  # as many dialogues a step as with groups
     config.dialogue.scenarios_per_step = dialogues
   if preset == "tiny":
     # A critic drawn from a seed has more to learn than a pretrained one.

@@ -20,6 +20,7 @@ from rlver_jax.dialogue.simulators.scripted import ScriptedSimulator
 from rlver_jax.models import source as model_source
 from rlver_jax.models.lora import Adapted
 from rlver_jax.models.qwen2 import Qwen2
+from rlver_jax.rl.advantages import ESTIMATORS
 from rlver_jax.rl.learner import Learner, LearnerState
 from rlver_jax.rl.prepare import Frozen
 from rlver_jax.sampling.engine import Engine
@@ -53,7 +54,9 @@ class Run:
 def slots(config: ConfigDict, mesh: Mesh) -> int:
   """Slots of the engines: as asked for, rounded up so that the mesh's batch axis divides them."""
   wanted = config.sampling.slots
-  wanted = wanted or config.dialogue.scenarios_per_step * config.dialogue.group_size
+  greedy = ESTIMATORS[config.algorithm.advantage] == "greedy"  # one more dialogue a group
+  d = config.dialogue
+  wanted = wanted or d.scenarios_per_step * (d.group_size + greedy)
   shards = partitioning.batch_shards(mesh)
   return -(-wanted // shards) * shards
 
@@ -115,8 +118,12 @@ def build_policy(config: ConfigDict, sources: Sources, model: Qwen2 | Adapted) -
   return Policy(engine, sources.policy.tokenizer, sources.templates, settings)
 
 
-def build_simulator(config: ConfigDict, sources: Sources) -> Simulator:
-  """The simulated user that the configuration asks for, its model loaded."""
+def build_simulator(config: ConfigDict, sources: Sources, base: Qwen2 | None) -> Simulator:
+  """The simulated user that the configuration asks for, its model loaded.
+
+  base: the policy's frozen weights, laid out for sampling, which the simulator shares where they
+  are its own.
+  """
   if config.simulator.kind == "openai":
     from rlver_jax.dialogue.simulators import remote  # late: others do without the client
 
@@ -126,9 +133,12 @@ def build_simulator(config: ConfigDict, sources: Sources) -> Simulator:
   if sources.simulator is None:
     return ScriptedSimulator(sources.templates, config.seed)
   c, s, tokenizer = config.simulator, config.sampling, sources.simulator.tokenizer
-  model = model_source.load_model(
-    sources.simulator, sources.mesh, config.seed + trainables.SIMULATOR_WEIGHTS
-  )
+  seed = config.seed + trainables.SIMULATOR_WEIGHTS
+  same = c.path == config.policy.path and c.dtype == config.policy.dtype
+  if base is not None and same and not sources.simulator.drawn:
+    model = base
+  else:
+    model = model_source.load_model(sources.simulator, sources.mesh, seed)
   settings = simulator_settings(config)
   engine = Engine(
     partitioning.for_sampling(sources.mesh, model, c.dtype),
@@ -168,7 +178,7 @@ def build(
   if base is not None:
     base = partitioning.for_sampling(mesh, base, config.policy.dtype)
   policy = build_policy(config, sources, sampling_policy(config, mesh, state, base))
-  simulator = build_simulator(config, sources)
+  simulator = build_simulator(config, sources, base)
   d = config.dialogue
   run = Run(
     policy=policy,

@@ -36,6 +36,12 @@ class Played:
     return [dialogue for group in self.groups for dialogue in group]
 
   @property
+  def sampled(self) -> list[Dialogue]:
+    """The dialogues of all groups, those that were dropped too: what the policy is measured by, as
+    groups in which every user was content are among the dropped."""
+    return [*self.trained, *(dialogue for group in self.dropped for dialogue in group)]
+
+  @property
   def all(self) -> list[Dialogue]:
     """Every dialogue that was played."""
     greedy = [dialogue for dialogue in self.baselines if dialogue is not None]
@@ -128,7 +134,7 @@ def make_experience(run: Run, played: Played) -> tuple[Experience, dict[str, flo
     np.repeat(np.arange(len(played.groups), dtype=np.int32), size),
     np.repeat(np.float32(baselines), size),
   )
-  totals = np.array([total_reward(run, d) for d in dialogues if not d.failed] or [math.nan])
+  totals = np.array([total_reward(run, d) for d in played.sampled if not d.failed] or [math.nan])
   metrics = {
     "rows/length": length,
     "rows/longest": longest,

@@ -153,6 +153,17 @@ def _validate_algorithm(config: ConfigDict) -> None:
       f"algorithm.kl_target is {a.kl_target}, expected 0 where algorithm.kl_coef is 0: there is no "
       "coefficient to adapt."
     )
+  rows = config.dialogue.scenarios_per_step * config.dialogue.group_size
+  if a.kl_target and a.kl_horizon < rows:
+    raise UserError(
+      f"algorithm.kl_horizon is {a.kl_horizon}, expected at least the {rows} dialogues of a step, "
+      "as the coefficient would otherwise overshoot."
+    )
+  if a.kl_coef and a.kl_in == "loss" and a.kl_estimator == "k1":
+    raise UserError(
+      "algorithm.kl_estimator is 'k1', expected k2, k3 or k3_clamped with algorithm.kl_in 'loss', "
+      "where the gradient of k1 is zero on average."
+    )
   if not lora.targets or not set(lora.targets) <= set(TARGETS):
     raise UserError(
       f"lora.targets is {tuple(lora.targets)}, expected some of: {', '.join(TARGETS)}."

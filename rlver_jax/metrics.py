@@ -7,6 +7,10 @@ log. Names are `group/name`:
   emotion/*, dialogue/*, tokens/*, format/*, simulator/*   from `dialogue_metrics`
   environment/*   by level of difficulty, from `environment.level_metrics`
   remote/*                        counts of a remote simulated user: requests, tokens, failures
+  rows/*, reward/*                what is learned from, from `collect.make_experience`
+  advantage/*, kl/*, mismatch/*   from `rl/prepare.py` (advantages before they are whitened)
+  update/*, critic/*              from the updates of policy and critic
+  compile/*, sampler/*            programs that were compiled, and what the engines did
   seconds/step, seconds/<stage>   wall time of the whole step, and of stages from `StageTimer`
   reward/mean, tokens/per_second, update/loss, update/clip_fraction
                                   from the loop and the update; `progress_line` shows them

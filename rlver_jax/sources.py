@@ -111,7 +111,7 @@ def _open_critic(config: ConfigDict, policy: ModelSource) -> ModelSource | None:
     )
   sizes = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim",
+    "num_key_value_heads", "head_dim", "rope_theta", "rms_norm_eps",
   )  # fmt: skip
   if shared and any(getattr(critic.config, s) != getattr(policy.config, s) for s in sizes):
     raise UserError(

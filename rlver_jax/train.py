@@ -95,9 +95,9 @@ def train(
         )
         done, reward = step + 1, scalars["reward/mean"]
         nonfinite = nonfinite + 1 if learned["update/skipped"] else 0
-        environment.observe(played.trained)
-      scalars |= learned | metrics_lib.dialogue_metrics(played.trained)
-      scalars |= level_metrics(played.trained)
+        environment.observe(played.sampled)
+      scalars |= learned | metrics_lib.dialogue_metrics(played.sampled)
+      scalars |= level_metrics(played.sampled)
       scalars |= learning_rates(config, run)
       with timer("write"), writing(workdir):
         workdir_lib.write_spent(workdir, run.simulator.spent())
@@ -156,14 +156,12 @@ def write_dialogues(workdir: pathlib.Path, step: int, dialogues: list[Dialogue])
 
 
 def learning_rates(config: ConfigDict, run: build_lib.Run) -> dict[str, float]:
-  """The rate of the last applied update of each model."""
+  """The rate of the last applied update of each model that has had one."""
   trained = {"update": ("policy", run.state.policy), "critic": ("critic", run.state.critic)}
   return {
-    f"{group}/learning_rate": float(
-      trainables.make_schedule(config, name)(max(int(state.updates) - 1, 0))
-    )
+    f"{group}/learning_rate": float(trainables.make_schedule(config, name)(updates - 1))
     for group, (name, state) in trained.items()
-    if state is not None
+    if state is not None and (updates := int(state.updates))
   }
 
 

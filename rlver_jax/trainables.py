@@ -40,7 +40,7 @@ def load_frozen(config: ConfigDict, sources: Sources) -> Frozen:
 
   reference = None
   if sources.reference is not None:
-    own = not config.reference.path
+    own = config.reference.path in ("", config.policy.path)
     reference = initial() if own else model_source.load_model(sources.reference, mesh, seed)
   return Frozen(
     base=initial() if config.lora.policy_rank else None,

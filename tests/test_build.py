@@ -109,3 +109,8 @@ def test_slots_are_all_of_a_step_or_as_asked_and_a_multiple_of_the_shards(
 ):
   mesh = types.SimpleNamespace(shape={"data": shards, "fsdp": 1, "tensor": 2})
   assert build.slots(runs.config(**{"sampling.slots": asked}), mesh) == expected
+
+
+def test_greedy_baselines_have_slots_too():
+  mesh = types.SimpleNamespace(shape={"data": 1, "fsdp": 1, "tensor": 1})
+  assert build.slots(runs.config(**{"algorithm.advantage": "remax"}), mesh) == 2 * (2 + 1)

@@ -92,6 +92,9 @@ def test_groups_whose_rewards_are_equal_are_replaced_by_others_in_their_place(st
   experience, metrics = collect.make_experience(run, played)
   assert metrics["reward/groups_without_signal"] == pytest.approx(1 / 3)
   assert metrics["reward/groups_replaced"] == 3
+  # What the policy is measured by: all that it said, before groups were chosen by their rewards.
+  changes = [1, 1, 3, 5, 0, 2] + [1, 1] * 3
+  assert metrics["reward/mean"] == pytest.approx(np.mean([(30 + c) / 100 for c in changes]))
   np.testing.assert_array_equal(experience.groups, [0, 0, 1, 1, 2, 2])
   expected = [0.31, 0.31, 0.33, 0.35, 0.30, 0.32]
   np.testing.assert_allclose(
@@ -118,6 +121,17 @@ def test_the_scenarios_of_further_rounds_depend_on_step_and_seed_alone(step):
   config, run, sources, asked = step({}, seed=1, **fields)
   play(config, run, sources, 4)
   assert asked != first
+
+
+def test_a_dialogue_whose_user_failed_is_absent_from_its_group(step):
+  config, run, sources, _ = step({0: (1, 2), 1: (4, 4), 2: (0, 9)})
+  played = play(config, run, sources)
+  for group in played.groups[:2]:
+    group[1].end = "failed"
+  experience, metrics = collect.make_experience(run, played)
+  np.testing.assert_array_equal(experience.rows.mask.sum(1), [2, 0, 2, 0, 2, 2])
+  assert metrics["reward/mean"] == pytest.approx(np.mean([0.31, 0.34, 0.30, 0.39]))
+  assert metrics["reward/groups_without_signal"] == pytest.approx(2 / 3)
 
 
 def test_greedy_baselines_are_not_trained_on(step):

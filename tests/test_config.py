@@ -255,6 +255,14 @@ def test_a_field_that_a_file_of_the_users_own_lacks_is_named(field):
       for name in ("reinforce_pp", "remax", "gae")
     ),
     ({"algorithm.kl_target": 0.1}, ("algorithm.kl_target is 0.1", "kl_coef is 0")),
+    (
+      {"algorithm.kl_target": 0.1, "algorithm.kl_coef": 0.1, "algorithm.kl_horizon": 3},
+      ("algorithm.kl_horizon is 3", "at least the"),
+    ),
+    (
+      {"algorithm.kl_coef": 0.1, "algorithm.kl_estimator": "k1"},
+      ("algorithm.kl_estimator is 'k1'", "k2, k3 or k3_clamped"),
+    ),
     ({"lora.targets": ()}, ("lora.targets is ()", "some of: q, k, v, o, gate, up, down.")),
     ({"lora.targets": ("q", "qkv")}, ("lora.targets is ('q', 'qkv')", "some of: q, k, v")),
     (

@@ -50,6 +50,20 @@ def test_a_level_by_its_name_is_that_of_every_group_for_good(kind):
   assert names(env, 20) == [kind]
 
 
+def test_dialogues_whose_user_failed_move_nothing_and_count_nowhere():
+  dialogues = [finished(95, level="easy")] + [finished(10, level="easy") for _ in range(3)]
+  for dialogue in dialogues[1:]:
+    dialogue.end = "failed"
+  env = environment("curriculum", curriculum=Curriculum("easy", 1, raise_at=60, lower_at=20))
+  env.observe(dialogues[1:])
+  assert names(env, 1) == ["easy"]
+  env.observe(dialogues)
+  assert names(env, 2) == ["vanilla"]
+  metrics = level_metrics(dialogues)
+  assert (metrics["environment/easy_dialogues"], metrics["environment/easy_final_mean"]) == (1, 95)
+  assert level_metrics(dialogues[1:]) == {}
+
+
 # Mixtures.
 
 

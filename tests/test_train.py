@@ -359,14 +359,14 @@ def test_ppo_trains_policy_and_critic_and_says_how(ppo_run):
     assert record["reward/mean"] == pytest.approx(earned.mean())
   for record in later:
     assert record["update/skipped"] == 0 and record["update/gradient_norm"] > 0
-  # Nothing is learned yet, so the KL is below its target, and its coefficient falls.
-  assert [r["kl/coefficient"] for r in records[:2]] == pytest.approx(
-    [0.1, 0.1 * (1 - 0.2 * 4 / 16)]
-  )
+  # The coefficient waits for the policy; then the KL is below its target, and it falls.
+  coefficients = [record["kl/coefficient"] for record in records[:3]]
+  assert coefficients == pytest.approx([0.1, 0.1, 0.1 * (1 - 0.2 * 4 / 16)])
+  assert "update/learning_rate" not in first and first["critic/learning_rate"] > 0
   state, _ = runs.restored(workdir, settings)
   assert int(state.critic.updates) == 8 and int(state.policy.updates) == 6
   assert set(state.policy.model) == set(settings.lora.targets)  # adapters, not the whole model
-  assert records[-1]["critic/explained_variance"] > records[0]["critic/explained_variance"]
+  assert first["critic/value_mean"] == 0 != records[-1]["critic/value_mean"]
 
 
 @pytest.mark.slow

@@ -76,10 +76,12 @@ class Environment:
     return self._names[bisect.bisect(self._shares, bits / 2**53 * self._shares[-1])]
 
   def observe(self, dialogues: Sequence[Dialogue]) -> None:
-    """Takes the finished dialogues of a step, which may move a curriculum."""
-    if self.kind != "curriculum" or not dialogues:
+    """Takes the finished dialogues of a step, which may move a curriculum. Those whose user failed
+    have no final emotion."""
+    finals = [d.emotion for d in dialogues if not d.failed]
+    if self.kind != "curriculum" or not finals:
       return
-    self._recent.append(float(np.mean([d.emotion for d in dialogues])))
+    self._recent.append(float(np.mean(finals)))
     if len(self._recent) < self._curriculum.window:
       return
     mean, at = np.mean(self._recent), levels_lib.NAMES.index(self._at)
@@ -116,13 +118,14 @@ def played(kind: str, weights: dict[str, float]) -> tuple[str, ...]:
 def level_metrics(dialogues: Sequence[Dialogue]) -> dict[str, float]:
   """Metrics of a batch of finished dialogues for each level that is in it: environment/{level}_*.
 
-  dialogues: their number; final_mean: their mean final emotion; accepted: the share of replies
-  that raised the emotion (NaN without any); spread: the mean over groups of the standard
-  deviation of the final emotion in the group, which is all that a group-relative advantage sees.
+  Dialogues whose user failed count nowhere. dialogues: their number; final_mean: their mean final
+  emotion; accepted: the share of replies that raised the emotion (NaN without any); spread: the
+  mean over groups of the standard deviation of the final emotion in the group, which is all that a
+  group-relative advantage sees.
   """
   metrics = {}
   for name in levels_lib.NAMES:
-    own = [d for d in dialogues if d.rules.level.name == name]
+    own = [d for d in dialogues if d.rules.level.name == name and not d.failed]
     if not own:
       continue
     changes = [turn.plan.change for d in own for turn in d.turns]

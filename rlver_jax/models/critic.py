@@ -7,7 +7,6 @@ model that the policy may share.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,15 +37,14 @@ class Critic:
 
   def __call__(
     self,
-    frozen: Any,
+    frozen: Qwen2,
     tokens_BT: jax.Array,
     positions_BT: jax.Array,
     attention: Attention,
   ) -> jax.Array:
     """The value after each token: float32 [B, T].
 
-    frozen: the `Qwen2` or `lora.Adapted` of which this critic uses a part (no gradient goes
-    there); None for a critic with weights of its own.
+    frozen: the model of which this critic uses a part, or nothing; no gradient goes there.
     """
     frozen = jax.lax.stop_gradient(frozen)
     if self.adapters is not None:

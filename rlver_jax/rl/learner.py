@@ -96,8 +96,9 @@ class Learner:
     """One step's updates; `state` is donated.
 
     step (0-based) and seed decide how rows are shuffled into minibatches, and step whether the
-    critic warms up, during which the policy stays as it is. Metrics are means over minibatches
-    and epochs, but for `update/skipped`, 1 where any update was not finite.
+    critic warms up, during which the policy and its KL coefficient stay as they are. Metrics are
+    means over minibatches and epochs, by trained tokens, but for `update/skipped`, 1 where any
+    update was not finite.
     """
     s = self.settings
     batch, kl_coef, metrics = self.prepare(state, frozen, experience, step=step, seed=seed)
@@ -115,12 +116,21 @@ class Learner:
         policy, values = self._run("policy", *arguments)
         state = state._replace(policy=policy)
         found.append(_prefixed("update", values))
-    state = state._replace(kl_coef=kl_coef)
-    fetched = jax.device_get([metrics, *found])
-    names = {name: [float(m[name]) for m in fetched if name in m] for m in fetched for name in m}
-    out = {name: float(np.mean(values)) for name, values in names.items()}
-    skipped = [max(names[name]) for name in ("update/skipped", "critic/skipped") if name in names]
-    return state, out | {"update/skipped": max(skipped)}
+      state = state._replace(kl_coef=kl_coef)
+    metrics, *found = jax.device_get([metrics, *found])
+    out = {name: float(value) for name, value in metrics.items()}
+    skipped = 0.0
+    for group in ("critic", "update"):
+      own = [values for values in found if f"{group}/loss" in values]
+      tokens = np.array([values.pop(f"{group}/tokens") for values in own], np.float64)
+      shares = tokens / tokens.sum() if tokens.any() else np.ones(len(own)) / max(1, len(own))
+      # Minibatches without a token say nothing (nor do their NaNs).
+      parts = [(share, values) for share, values in zip(shares, own, strict=True) if share]
+      for name in parts[0][1] if parts else ():
+        out[name] = float(sum(share * values[name] for share, values in parts))
+        if name.endswith("/skipped"):
+          skipped = max(skipped, *(float(values[name]) for _, values in parts))
+    return state, out | {"update/skipped": skipped}
 
   def prepare(
     self, state: LearnerState, frozen: Frozen, experience: Experience, *, step: int, seed: int

@@ -141,12 +141,12 @@ def explained_variance(
 
 
 def adapted_kl_coef(
-  coefficient: jax.Array, kl_mean: jax.Array, target: float, horizon: float, samples: int
+  coefficient: jax.Array, kl_mean: jax.Array, target: float, horizon: float, samples: jax.Array
 ) -> jax.Array:
   """The adaptive coefficient of a KL penalty: it rises where the KL is above `target`.
 
   Ziegler et al., arXiv 1909.08593, section 2.2. horizon: in samples, of which the last step had
-  `samples`.
+  `samples`, at most so many. It stays where the KL is no number.
   """
-  error = jnp.clip(kl_mean / target - 1.0, -0.2, 0.2)
+  error = jnp.where(jnp.isfinite(kl_mean), jnp.clip(kl_mean / target - 1.0, -0.2, 0.2), 0.0)
   return coefficient * (1.0 + error * samples / horizon)

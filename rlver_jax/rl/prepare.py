@@ -130,7 +130,7 @@ def prepare(
     if s.kl_in_reward:
       rewards = rewards - kl_coef * kl
     if s.kl_target:
-      samples = experience.groups.shape[0]
+      samples = jnp.sum(jnp.any(rows.mask, -1))
       kl_coef = losses.adapted_kl_coef(kl_coef, mean, s.kl_target, s.kl_horizon, samples)
   values = None
   if critic is not None:
@@ -151,6 +151,7 @@ def prepare(
     gamma=s.gamma,
     lam=s.lam,
   )
+  # As estimated, before they are whitened.
   metrics["advantage/mean"] = jnp.sum(advantages) / number
   metrics["advantage/largest"] = jnp.max(jnp.abs(advantages))
   if values is not None:

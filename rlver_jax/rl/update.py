@@ -103,7 +103,7 @@ def row_logprobs(
   return tuple(jnp.roll(x, 1, axis=1) for x in outputs)
 
 
-def row_values(critic: Critic, frozen: Any, rows: Rows) -> jax.Array:
+def row_values(critic: Critic, frozen: Qwen2, rows: Rows) -> jax.Array:
   """The value of the state in which each token of `rows.mask` was drawn, zero elsewhere."""
   after_BT = critic(frozen, rows.tokens, rows.positions, tree_attention(rows.branch))
   return jnp.where(rows.mask, jnp.roll(after_BT, 1, axis=1), 0.0)
@@ -142,7 +142,7 @@ def policy_loss(
 
 
 def value_loss(
-  critic: Critic, frozen: Any, batch: Batch, settings: LossSettings
+  critic: Critic, frozen: Qwen2, batch: Batch, settings: LossSettings
 ) -> tuple[jax.Array, Parts]:
   """The critic's loss of one microbatch, and its metrics."""
   values = row_values(critic, frozen, batch.rows)
@@ -164,7 +164,7 @@ def gradient_step(
   """One step of the optimizer on a minibatch [M, b, T] of M microbatches.
 
   The metrics are `loss`, `gradient_norm` (before it is clipped to `max_grad_norm`), `skipped` (1
-  where it was not finite), and the parts of the loss.
+  where it was not finite), `tokens` (that were trained), and the parts of the loss.
   """
 
   def accumulate(carry, microbatch):
@@ -188,7 +188,8 @@ def gradient_step(
   # A `where` on every array instead would keep XLA from updating the state in place.
   learns = finite & jnp.any(batch.rows.mask)
   state = jax.lax.cond(learns, apply, lambda state, _: state, state, gradients)
-  tokens = jnp.maximum(1.0, jnp.sum(batch.rows.mask))
-  metrics = parts.added | {name: total / tokens for name, total in parts.by_token.items()}
+  tokens = jnp.sum(batch.rows.mask)
+  means = {name: total / jnp.maximum(1, tokens) for name, total in parts.by_token.items()}
   skipped = 1.0 - finite.astype(jnp.float32)
-  return state, metrics | {"loss": value, "gradient_norm": norm, "skipped": skipped}
+  numbers = {"loss": value, "gradient_norm": norm, "skipped": skipped, "tokens": tokens}
+  return state, parts.added | means | numbers
