@@ -63,6 +63,7 @@ class Plan:
   feeling: str = ""
   parsed: bool = True  # False: no change could be read from the text, `choice` decided
   tokens: int = 0  # sampled by the simulator for it
+  retries: int = 0  # how often it was asked for again, as no change could be read
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,6 +74,7 @@ def _user(message: UserMessage | None, emotion: int, plan: Plan | None) -> dict[
       "analyse": plan.feeling,
       "change": plan.change,
       "parsed": plan.parsed,
+      "retries": plan.retries,
       "tokens": plan.tokens,
     }
   return entry

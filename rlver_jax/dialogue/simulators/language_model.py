@@ -22,6 +22,7 @@ from rlver_jax.sampling.requests import Request, Sample
 from rlver_jax.tokenizer import Tokenizer
 
 OPENING_CALL, PLAN_CALL, MESSAGE_CALL = 1, 2, 3  # see policy.POLICY_CALL
+RETRY_CALL = 16  # of the first further appraisal of a turn; those after it count on
 CHANGES = range(emotion_lib.MIN_CHANGE, emotion_lib.MAX_CHANGE + 1)
 SILENCE = "…"  # what the user says when the model says nothing
 
@@ -29,12 +30,14 @@ SILENCE = "…"  # what the user says when the model says nothing
 @dataclasses.dataclass(frozen=True)
 class SimulatorSettings:
   """score: 'generate' reads the change from the appraisal's text, `choice` scores the integers.
-  appraise: whether an appraisal is written at all (it must be to `generate`)."""
+  appraise: whether an appraisal is written at all (it must be to `generate`).
+  reparse: most further appraisals, with other seeds, where the change cannot be read."""
 
   score: str
   appraise: bool
   max_plan_tokens: int
   max_message_tokens: int
+  reparse: int
 
 
 def change_choices(tokenizer: Tokenizer) -> programs.Choices:
@@ -82,12 +85,15 @@ def check_room(
 
 @dataclasses.dataclass
 class _Chat:
-  """One dialogue as the simulator's chat: `kept` stays, `scratch` is forgotten with the turn."""
+  """One dialogue as the simulator's chat: `kept` stays, `scratch` is forgotten with the turn.
+
+  appraisal, retries, tokens: of the turn's appraisal, the last one's text and what it took."""
 
   dialogue: Dialogue
   kept: list[int]
   scratch: list[int] = dataclasses.field(default_factory=list)
   appraisal: str = ""
+  retries: int = 0
   tokens: int = 0
 
 
@@ -132,7 +138,7 @@ class LanguageModelSimulator(Simulator):
       case Stage.OPENING:
         self._generate(slot, self._opening(chat), OPENING_CALL, self.settings.max_message_tokens)
       case Stage.PLAN:
-        chat.appraisal, chat.tokens = "", 0
+        chat.appraisal, chat.retries, chat.tokens = "", 0, 0
         self._catch_up(chat)
         if self.settings.appraise:
           chat.scratch = self._helper(chat, "plan")
@@ -187,10 +193,13 @@ class LanguageModelSimulator(Simulator):
     return [*quoted, *question, *self._wrap.user_end, *self._wrap.assistant_start]
 
   def _quoted(self, chat: _Chat) -> list[int]:
-    """The chat up to the helper's last reply, its message still open."""
-    reply = chat.dialogue.last_reply.text
-    text = self._template(chat.dialogue).render("helper", reply=reply)
-    return [*chat.kept, *self._wrap.user_start, *self._tokenizer.encode(text)]
+    """The chat up to the helper's last reply, its message still open.
+
+    Frame and reply are encoded apart, so that no reply changes the ids of its frame.
+    """
+    pieces = self._template(chat.dialogue).quote(chat.dialogue.last_reply.text)
+    ids = [i for piece in pieces for i in self._tokenizer.encode(piece)]
+    return [*chat.kept, *self._wrap.user_start, *ids]
 
   def _generate(self, slot: int, ids: list[int], call: int, budget: int) -> None:
     if not self.engine.fits(ids, budget):
@@ -209,7 +218,7 @@ class LanguageModelSimulator(Simulator):
   # Taking answers.
 
   def _take(self, slot: int, chat: _Chat, sample: Sample) -> Answer | None:
-    """The answer that a sample is, or None when the change is still to be chosen."""
+    """The answer that a sample is, or None when the change is still to be asked for."""
     own = [i for i in sample.ids if i not in self._tokenizer.special_ids]
     text = self._tokenizer.decode(own).strip()
     chat.tokens += len(sample.ids)
@@ -223,10 +232,17 @@ class LanguageModelSimulator(Simulator):
         goodbye = self._template(chat.dialogue).is_goodbye(text)
         return UserMessage(text or SILENCE, goodbye, len(sample.ids))
     chat.appraisal = text
+    fields, change = self._template(chat.dialogue).parse_plan(text, cut=not sample.stopped)
+    reads = self.settings.score == "generate"
+    if reads and change is None and chat.retries < self.settings.reparse:
+      call = RETRY_CALL + chat.retries
+      chat.retries += 1
+      # The same question: the answer is forgotten.
+      self._generate(slot, chat.scratch, call, self.settings.max_plan_tokens)
+      return None
     chat.scratch += [*own, *self._wrap.assistant_end]
-    fields, change = self._template(chat.dialogue).parse_plan(text)
-    if self.settings.score == "generate" and change is not None:
-      return Plan(change, tokens=chat.tokens, **plan_fields(fields))
+    if reads and change is not None:
+      return Plan(change, retries=chat.retries, tokens=chat.tokens, **plan_fields(fields))
     question = self._wrap.user(self._render(chat, "choice"))
     chat.scratch += [*question, *self._wrap.assistant_start]
     self._score(slot, chat.scratch)
@@ -237,7 +253,9 @@ class LanguageModelSimulator(Simulator):
     chat.scratch += [*self._tokenizer.encode(str(change)), *self._wrap.assistant_end]
     fields, _ = self._template(chat.dialogue).parse_plan(chat.appraisal)
     parsed = self.settings.score == "choice"
-    return Plan(change, parsed=parsed, tokens=chat.tokens, **plan_fields(fields))
+    return Plan(
+      change, parsed=parsed, retries=chat.retries, tokens=chat.tokens, **plan_fields(fields)
+    )
 
 
 def plan_fields(fields: dict[str, str]) -> dict[str, str]:
