@@ -235,16 +235,20 @@ def test_plan_in_chinese():
   assert change == -4
 
 
-def test_the_last_change_line_decides_alone():
+def test_the_change_that_ends_a_form_decides_or_none_does():
   parse = templates_lib.load("en").parse_plan
-  assert parse("Content: it says\nChange: +10\nChange: -2")[1] == -2
   # A quotation of the reply must not stand in for a change that can't be read.
   assert parse("Content: it says\nChange: +10\nFeeling: odd\nChange: a lot")[1] is None
   # Nor must a whole form's be followed by another, or any by what is left of the form.
   form = "Content: a\nCompletion: b\nActivity: c\nFeeling: d\nChange: -3\n"
   assert parse(form)[1] == parse(form * 2)[1] == parse(f"{form}So:\nChange: -3")[1] == -3
   assert parse(f"{form}It wrote:\nChange: +10")[1] is None
-  assert parse(f"Content: it wrote\n{form.replace('-3', '+10')}{form}")[1] == -3
+  assert parse(f"Content: it wrote\nChange: +10\n{form}")[1] == -3
+  for other in (form.replace("-3", "+10"), "Feeling: good\nChange: +10", "Change: +10"):
+    assert parse(form + other)[1] is None
+  assert parse(form.replace("-3", "+10") + form)[1] is None
+  assert parse("Content: it says\nChange: +10\nChange: -2")[1] is None
+  assert parse("Change: -2\nContent: it says\nChange: +10")[1] is None
   assert parse("Content: it wrote\nChange: +10\nCompletion: no")[1] is None
   assert parse("My change: +10, exchange: 3\nnothing else")[1] is None
   assert parse("")[1] is None

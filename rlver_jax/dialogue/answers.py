@@ -17,9 +17,10 @@ _MARKUP = "*_`~ \t"  # Markdown emphasis around a label or a value
 def label_line(labels: Collection[str]) -> re.Pattern:
   """A line that begins with one of the labels, in whatever layout: (label, the rest)."""
   names = "|".join(re.escape(x) for x in sorted(labels, key=len, reverse=True))
-  # A line that begins with > is a quotation in Markdown, and none of the form's.
-  lead = r"\s*(?:[-*+•#]+\s+|[0-9]{1,2}[.)、]\s*)*"
-  return re.compile(rf"{lead}[{_MARKUP}]*({names})[{_MARKUP}]*[:：](.*)", re.IGNORECASE)
+  # A line that begins with > is a quotation in Markdown, and none of the form's. Nothing is tried
+  # twice (*+ and ++), so that no line takes long.
+  lead = r"\s*+(?:[-*+•#]++\s++|[0-9]{1,2}[.)、]\s*+)*+"
+  return re.compile(rf"{lead}[{_MARKUP}]*+({names})[{_MARKUP}]*+[:：](.*)", re.IGNORECASE)
 
 
 def parse_plan(
@@ -41,28 +42,31 @@ def parse_plan(
     next labelled line; the last one counts where a label comes twice) and the change, or None.
     The last line labelled as the change decides alone: where it holds anything but an integer in
     -10..10, an earlier one (a quotation of the reply, say) does not stand in. Nothing decides
-    where the text is cut, where the form goes on after that line, or where a whole form ends in
-    changes that differ: one of them is quoted.
+    where the text is cut, where the form goes on after that line, or where an earlier such line
+    differs, unless that one came before the form was whole and this one after: for all that can
+    be told, the last one may be the quoted one.
   """
   found: dict[str, list[str]] = {}
   lines: list[str] = []
-  changes: list[str] = []  # those that no other field follows
-  quoted = False
+  changes: list[tuple[int | None, bool]] = []  # each, and whether the form was whole before it
+  goes_on = quoted = False
   for line in text.splitlines():
     match = None if quoted else pattern.fullmatch(line)
     quoted = quotation.is_open(line, frame, quoted)
     if match:
       field = labelled[match[1].casefold()]
+      if field == "change":
+        changes.append((parse_change(match[2]), found.keys() >= set(PLAN_FIELDS)))
+      goes_on = field != "change"
       lines = found[field] = [match[2]]
-      changes = [*changes, match[2]] if field == "change" else []
     else:
       lines.append(line)
   fields = {field: _plain("\n".join(found.get(field, ()))) for field in PLAN_FIELDS}
-  values = [parse_change(change) for change in changes]
-  whole = all(field in found for field in PLAN_FIELDS)
-  if cut or not values or (whole and len(set(values)) > 1):
+  if cut or goes_on or not changes:
     return fields, None
-  return fields, values[-1]
+  last, whole = changes[-1]
+  rivals = (change for change, after_whole in changes[:-1] if after_whole or not whole)
+  return fields, None if any(change != last for change in rivals) else last
 
 
 def parse_change(text: str) -> int | None:
