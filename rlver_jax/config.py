@@ -319,7 +319,9 @@ def unflatten(flat: dict[str, Any]) -> ConfigDict:
     section = config
     *parents, name = field.split(".")
     for parent in parents:
-      section = section.setdefault(parent, ConfigDict())
+      if parent not in section:
+        section[parent] = ConfigDict()
+      section = section[parent]
     section[name] = value
   for field in (*CHOICES, *AT_LEAST):
     get(config, field)
