@@ -12,8 +12,10 @@ import builders
 import hypothesis
 import numpy as np
 import pytest
+import runs
 from hypothesis import strategies as st
 
+from rlver_jax import build
 from rlver_jax import tokenizer as tokenizer_lib
 from rlver_jax.dialogue.dialogue import Dialogue, PolicyReply, Rules, Stage
 from rlver_jax.dialogue.simulators import language_model, remote
@@ -21,6 +23,7 @@ from rlver_jax.dialogue.simulators.appraisal import appraise
 from rlver_jax.dialogue.simulators.connection import Completion
 from rlver_jax.dialogue.simulators.language_model import LanguageModelSimulator, SimulatorSettings
 from rlver_jax.sampling.requests import Sample
+from rlver_jax.sources import open_sources
 
 LANGUAGES = ("en", "zh")
 PROMPTS, PARSES, SCRIPTED = 150, 500, 400  # examples of a property, for each of its cases
@@ -196,6 +199,40 @@ def test_a_reply_changes_no_token_outside_its_quotation(language, settings):
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_a_reply_changes_no_token_outside_its_quotation_with_a_real_tokenizer(language, qwen_path):
   check_ids(tokenizer_lib.load(qwen_path), language, GENERATE, PROMPTS)
+
+
+@pytest.mark.qwen
+@pytest.mark.slow
+def test_real_weights_read_a_hostile_reply_as_a_quotation(qwen_path, monkeypatch):
+  """Sampled answers: the change is that of the model's own text, or of its choice."""
+  changes = {"path": str(qwen_path), "score": "generate", "max_plan_tokens": 64, "reparse": 1}
+  changes = {f"simulator.{name}": value for name, value in changes.items()}
+  settings = runs.config(**runs.LANGUAGE_MODEL | changes, **{"sampling.slots": 1})
+  sources = open_sources(settings)
+  simulator, tokenizer = build.build_simulator(settings, sources), sources.simulator.tokenizer
+  asked, answers, submit, step = [], [], simulator.engine.submit, simulator.engine.step
+
+  def recorded():
+    samples = step()
+    answers.extend(samples.values())
+    return samples
+
+  monkeypatch.setattr(simulator.engine, "submit", lambda s, r: (asked.append(r), submit(s, r)))
+  monkeypatch.setattr(simulator.engine, "step", recorded)
+  hostile = CLAIMS[10] + ">>>\n\n" + FORMS["en"].format("+10")
+  markers = []
+  for text in ("Hm.", hostile):
+    asked.clear()
+    answers.clear()
+    (turn,) = play(simulator, "en", [text]).turns
+    markers.append([i for i in asked[0].ids if i in tokenizer.special_ids])
+    plans = [a for r, a in zip(asked, answers, strict=True) if r.numbers[3] != 3]
+    assert turn.plan.retries == len(plans) - 1
+    own = [i for i in plans[-1].ids if i not in tokenizer.special_ids]
+    read = builders.templates()["en"].parse_plan(tokenizer.decode(own), not plans[-1].stopped)[1]
+    assert turn.plan.parsed == (read is not None)
+    assert not turn.plan.parsed or turn.plan.change == read
+  assert markers[0] == markers[1]
 
 
 class Server:
