@@ -26,7 +26,7 @@ from rlver_jax.sampling.requests import Sample
 from rlver_jax.sources import open_sources
 
 LANGUAGES = ("en", "zh")
-PROMPTS, PARSES, SCRIPTED = 150, 500, 400  # examples of a property, for each of its cases
+PROMPTS, PARSES, SCRIPTED = 100, 300, 300  # examples of a property, for each of its cases
 GENERATE = SimulatorSettings("generate", True, 64, 64, 1)
 BARE = SimulatorSettings("choice", False, 64, 64, 1)
 CLAIMS = (

@@ -68,9 +68,12 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class UserMessage:
+  """What the user says; `ids` are the simulator's own token ids of it, where it sampled any."""
+
   text: str
   goodbye: bool = False
   tokens: int = 0
+  ids: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,15 @@ import dataclasses
 import numpy as np
 
 from rlver_jax.dialogue import emotion as emotion_lib
-from rlver_jax.dialogue.dialogue import Answer, Dialogue, NoRoom, Plan, Stage, UserMessage
+from rlver_jax.dialogue.dialogue import (
+  Answer,
+  Dialogue,
+  NoRoom,
+  Plan,
+  PolicyReply,
+  Stage,
+  UserMessage,
+)
 from rlver_jax.dialogue.scenario import Scenario
 from rlver_jax.dialogue.simulators.base import Simulator
 from rlver_jax.dialogue.templates import Templates
@@ -87,11 +95,13 @@ def check_room(
 class _Chat:
   """One dialogue as the simulator's chat: `kept` stays, `scratch` is forgotten with the turn.
 
+  said: how many of the user's messages are in `kept`, the opening included.
   appraisal, retries, tokens: of the turn's appraisal, the last one's text and what it took."""
 
   dialogue: Dialogue
   kept: list[int]
   scratch: list[int] = dataclasses.field(default_factory=list)
+  said: int = 0
   appraisal: str = ""
   retries: int = 0
   tokens: int = 0
@@ -171,8 +181,9 @@ class LanguageModelSimulator(Simulator):
     return self._templates[dialogue.scenario.language].at(dialogue.rules.level.name)
 
   def _render(self, chat: _Chat, section: str, **fields: str) -> str:
-    emotion = chat.dialogue.emotion
-    return self._template(chat.dialogue).render(
+    d = chat.dialogue
+    emotion = d.rules.initial_emotion if section == "opening" else d.emotion
+    return self._template(d).render(
       section, emotion=str(emotion), state=emotion_lib.state(emotion), **fields
     )
 
@@ -181,23 +192,32 @@ class LanguageModelSimulator(Simulator):
     return [*chat.kept, *self._wrap.user(question), *self._wrap.assistant_start]
 
   def _catch_up(self, chat: _Chat) -> None:
-    """Makes a given opening part of the chat, as if the simulator had written it."""
-    if not chat.dialogue.turns and not chat.scratch and chat.dialogue.scenario.first_message:
-      opening = self._tokenizer.encode(chat.dialogue.opening.text)
-      chat.kept = [*self._opening(chat), *opening, *self._wrap.assistant_end]
+    """Makes what the dialogue holds part of the chat: sampled ids, or an opening that was given."""
+    d = chat.dialogue
+    if not chat.said:
+      chat.kept = [*self._opening(chat), *self._spoken(d.opening)]
+      chat.said = 1
+    for turn in d.turns[chat.said - 1 :]:
+      chat.kept = [*self._quoted(chat, turn.reply), *self._wrap.user_end]
+      chat.kept += [*self._wrap.assistant_start, *self._spoken(turn.message)]
+      chat.said += 1
+
+  def _spoken(self, message: UserMessage) -> list[int]:
+    own = self._tokenizer.encode(message.text) if message.ids is None else message.ids
+    return [*own, *self._wrap.assistant_end]
 
   def _helper(self, chat: _Chat, section: str) -> list[int]:
     """The chat with the helper's last reply and a question about it."""
-    quoted = self._quoted(chat)
+    quoted = self._quoted(chat, chat.dialogue.last_reply)
     question = self._tokenizer.encode("\n\n" + self._render(chat, section))
     return [*quoted, *question, *self._wrap.user_end, *self._wrap.assistant_start]
 
-  def _quoted(self, chat: _Chat) -> list[int]:
-    """The chat up to the helper's last reply, its message still open.
+  def _quoted(self, chat: _Chat, reply: PolicyReply) -> list[int]:
+    """The chat up to a reply of the helper, its message still open.
 
     Frame and reply are encoded apart, so that no reply changes the ids of its frame.
     """
-    pieces = self._template(chat.dialogue).quote(chat.dialogue.last_reply.text)
+    pieces = self._template(chat.dialogue).quote(reply.text)
     ids = [i for piece in pieces for i in self._tokenizer.encode(piece)]
     return [*chat.kept, *self._wrap.user_start, *ids]
 
@@ -224,13 +244,10 @@ class LanguageModelSimulator(Simulator):
     chat.tokens += len(sample.ids)
     match chat.dialogue.stage:
       case Stage.OPENING:
-        chat.kept = [*self._opening(chat), *own, *self._wrap.assistant_end]
-        return UserMessage(text or SILENCE, tokens=len(sample.ids))
+        return UserMessage(text or SILENCE, tokens=len(sample.ids), ids=tuple(own))
       case Stage.MESSAGE:
-        spoken = [*self._wrap.user_end, *self._wrap.assistant_start, *own]
-        chat.kept = [*self._quoted(chat), *spoken, *self._wrap.assistant_end]
         goodbye = self._template(chat.dialogue).is_goodbye(text)
-        return UserMessage(text or SILENCE, goodbye, len(sample.ids))
+        return UserMessage(text or SILENCE, goodbye, len(sample.ids), tuple(own))
     chat.appraisal = text
     fields, change = self._template(chat.dialogue).parse_plan(text, cut=not sample.stopped)
     reads = self.settings.score == "generate"
