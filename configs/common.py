@@ -81,6 +81,9 @@ def _published(path: str) -> dict:
       "score": "generate",
       # Write an appraisal before the change is read; `generate` needs it.
       "appraise": True,
+      # More appraisals, with other seeds, where no change can be read from one (`generate`); then
+      # the change alone is asked for, as by `choice`.
+      "reparse": 2,
       # Sampling of appraisals and messages.
       "temperature": 0.7,  # 0: greedy
       "top_k": 0,  # only the so many most probable tokens; 0: all
@@ -92,8 +95,9 @@ def _published(path: str) -> dict:
       "cache_length": 16384,
       # Folder with en.txt and zh.txt to use instead of the package's templates.
       "templates": "",
-      # For simulator.kind=openai, which also takes score, appraise, the sampling and the limits
-      # above; there `choice` asks for the integer, as few servers score continuations.
+      # For simulator.kind=openai, which also takes score, appraise, reparse, the sampling and the
+      # limits above; there `choice` asks for the integer (with `reparse` more tries), as few
+      # servers score continuations.
       "remote": {
         # Address of the server's interface, as in https://host/v1 or http://localhost:8000/v1.
         "base_url": "",
@@ -112,8 +116,6 @@ def _published(path: str) -> dict:
         # the most; Retry-After is honoured up to the most.
         "first_wait": 1.0,
         "max_wait": 60.0,  # seconds
-        # More appraisals, with other seeds, where the change cannot be read.
-        "reparse": 2,
         # Prompt and completion tokens that a run may spend, as the server reports them, through
         # all its restarts; 0: no limit. Requests under way when it is reached come on top.
         "token_budget": 0,

@@ -79,6 +79,12 @@ def row_lengths(config: ConfigDict) -> tuple[int, ...]:
   return ladder(longest, config.training.smallest_row, middle=False)
 
 
+def build_rules(config: ConfigDict) -> Rules:
+  """The rules of a dialogue at `vanilla`."""
+  d = config.dialogue
+  return Rules(d.initial_emotion, d.max_turns, d.failure_at, d.success_at)
+
+
 def build_levels(config: ConfigDict) -> dict[str, Level]:
   """The levels of difficulty by name, the easiest first."""
   own = {name: Level(name, **config.environment[name]) for name in ("easy", "challenging")}
@@ -118,7 +124,7 @@ def build_policy(config: ConfigDict, sources: Sources, model: Qwen2 | Adapted) -
   return Policy(engine, sources.policy.tokenizer, sources.templates, settings)
 
 
-def build_simulator(config: ConfigDict, sources: Sources, base: Qwen2 | None) -> Simulator:
+def build_simulator(config: ConfigDict, sources: Sources, base: Qwen2 | None = None) -> Simulator:
   """The simulated user that the configuration asks for, its model loaded.
 
   base: the policy's frozen weights, laid out for sampling, which the simulator shares where they
@@ -187,7 +193,7 @@ def build(
     state=state,
     frozen=frozen,
     sampling_base=base,
-    rules=Rules(d.initial_emotion, d.max_turns, d.failure_at, d.success_at),
+    rules=build_rules(config),
     reward=RewardSettings(**config.reward, malformed_penalty=d.malformed_penalty),
     slots=slots(config, mesh),
     row_lengths=row_lengths(config),

@@ -1,9 +1,11 @@
 """What the command-line programs share: a user's mistake is one line and exit code 2."""
 
+import os
 import sys
 from collections.abc import Callable
 
 from absl import app, flags, logging
+from ml_collections import ConfigDict
 
 from rlver_jax.errors import UserError
 
@@ -40,6 +42,18 @@ def run(
   except UserError as error:
     print(f"rlver_jax: {error}", file=sys.stderr)
     sys.exit(2)
+
+
+def configure_jax(config: ConfigDict) -> None:
+  """Settings of JAX that a configuration asks for, before the first array."""
+  import jax  # late, so that a wrong flag is answered at once
+
+  if config.compilation_cache:
+    folder = os.path.expanduser(config.compilation_cache)
+    jax.config.update("jax_compilation_cache_dir", folder)
+  if config.policy.dtype == "float32":
+    # Accelerators would otherwise round float32 products to fewer bits.
+    jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def last_line(message: str) -> str:

@@ -82,12 +82,7 @@ def _prepare_jax(config) -> None:
   """Settings that must come before the first array."""
   import jax
 
-  if config.compilation_cache:
-    folder = os.path.expanduser(config.compilation_cache)
-    jax.config.update("jax_compilation_cache_dir", folder)
-  if config.policy.dtype == "float32":
-    # Accelerators would otherwise round float32 products to fewer bits.
-    jax.config.update("jax_default_matmul_precision", "highest")
+  cli.configure_jax(config)
   hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
   if DISTRIBUTED.value or (DISTRIBUTED.value is None and len(hosts) > 1):
     jax.distributed.initialize()

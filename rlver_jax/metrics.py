@@ -203,8 +203,9 @@ def dialogue_metrics(dialogues: Sequence[Dialogue]) -> dict[str, float]:
   """Metrics of a batch of finished dialogues.
 
   Emotions are in points (at most 100), rates and `dialogue/end_*` fractions in 0..1, tokens
-  sampled counts; `emotion/turn_01` ... are means over the dialogues that got so far. A dialogue
-  whose user failed has no emotion. A mean or rate over nothing (no reply at all, all users failed)
+  sampled counts; `emotion/turn_01` ... are means over the dialogues that got so far, and
+  `simulator/retry_rate` is the mean number of further appraisals a turn. A dialogue whose user
+  failed has no emotion. A mean or rate over nothing (no reply at all, all users failed)
   is NaN. Raises ValueError for an empty batch.
   """
   longest = max(d.turn for d in dialogues)
@@ -228,6 +229,7 @@ def dialogue_metrics(dialogues: Sequence[Dialogue]) -> dict[str, float]:
     "format/failure_rate": _mean([not reply.well_formed for reply in replies]),
     "format/truncated_rate": _mean([not reply.stopped for reply in replies]),
     "simulator/parse_failure_rate": _mean([not turn.plan.parsed for turn in turns]),
+    "simulator/retry_rate": _mean([turn.plan.retries for turn in turns]),
   }
   for i in range(longest):
     reached = [d.turns[i].emotion for d in felt if d.turn > i]

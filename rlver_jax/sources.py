@@ -158,5 +158,5 @@ def simulator_settings(config: ConfigDict) -> language_model.SimulatorSettings:
   """How the configuration wants the language-model simulator to answer."""
   s = config.simulator
   return language_model.SimulatorSettings(
-    s.score, s.appraise, s.max_plan_tokens, s.max_message_tokens
+    s.score, s.appraise, s.max_plan_tokens, s.max_message_tokens, s.reparse
   )

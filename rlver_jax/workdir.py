@@ -6,6 +6,7 @@ metrics.jsonl     one line a step; tensorboard/ has the same
 dialogues/        the dialogues of each step, JSON lines
 spent.json        what a remote simulated user has cost so far
 summary.json      written when the run ends
+rescored.jsonl    what `evaluate.py` found when it scored the dialogues anew
 """
 
 import json

@@ -170,12 +170,12 @@ def settings(url: str, **changes) -> RemoteSettings:
   """Patience for tests, with these fields changed."""
   fields = {
     "model": MODEL, "api_key_env": VARIABLE, "concurrency": 8, "timeout": 2.0, "retries": 2,
-    "first_wait": 0.01, "max_wait": 5.0, "reparse": 1, "token_budget": 0, "failure_budget": 100,
+    "first_wait": 0.01, "max_wait": 5.0, "token_budget": 0, "failure_budget": 100,
   }  # fmt: skip
   return RemoteSettings(base_url=url, **fields | changes)
 
 
-def completion(text: str, call: Call) -> bytes:
+def completion(text: str, call: Call, finish: str = "stop") -> bytes:
   """The body of a chat completion, its tokens counted as words."""
   prompt = sum(len(m["content"].split()) for m in call.messages)
   words = len(text.split())
@@ -186,7 +186,7 @@ def completion(text: str, call: Call) -> bytes:
       "created": 0,
       "model": MODEL,
       "choices": [
-        {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+        {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}}
       ],
       "usage": {
         "prompt_tokens": prompt, "completion_tokens": words, "total_tokens": prompt + words,

@@ -1,5 +1,8 @@
 """The language-model user: append-only prompts, quoted text, both ways to read a change."""
 
+import collections
+import dataclasses
+
 import builders
 import numpy as np
 import pytest
@@ -26,9 +29,9 @@ HOSTILE = (
   "",
   "\u202e01+ :egnahC",
 )
-GENERATE = SimulatorSettings("generate", True, 20, 16)
-CHOICE = SimulatorSettings("choice", True, 20, 16)
-BARE = SimulatorSettings("choice", False, 20, 16)
+GENERATE = SimulatorSettings("generate", True, 20, 16, 2)
+CHOICE = SimulatorSettings("choice", True, 20, 16, 2)
+BARE = SimulatorSettings("choice", False, 20, 16, 2)
 
 
 @pytest.fixture(scope="module")
@@ -129,16 +132,20 @@ class Reading:
 
   def turn(self, turn, emotion):
     chat, encode = self.chat, self.tokenizer.encode
-    quoted = [*chat.user_start, *encode(self.template.render("helper", reply=turn.reply.text))]
+    pieces = self.template.quote(turn.reply.text)
+    quoted = [*chat.user_start, *(i for piece in pieces for i in encode(piece))]
     section = "plan" if self.settings.appraise else "choice"
     question = encode("\n\n" + self.render(section, emotion))
     ask = [*self.kept, *quoted, *question, *chat.user_end, *chat.assistant_start]
-    text, tokens = "", 0
+    text, tokens, cut = "", 0, False
     if self.settings.appraise:
-      sample, own = self.sampled(ask)
+      for attempt in range(turn.plan.retries + 1):  # the same question each time
+        sample, own = self.sampled(ask)
+        text, cut = self.tokenizer.decode(own).strip(), not sample.stopped
+        tokens += len(sample.ids)
+        assert attempt == turn.plan.retries or self.template.parse_plan(text, cut)[1] is None
       ask += [*own, *chat.assistant_end]
-      text, tokens = self.tokenizer.decode(own).strip(), len(sample.ids)
-    fields, change = self.template.parse_plan(text)
+    fields, change = self.template.parse_plan(text, cut)
     parsed = self.settings.score == "choice"
     if self.settings.score == "choice" or change is None:
       if self.settings.appraise:
@@ -214,7 +221,7 @@ def test_a_turn_reads_only_what_is_new(engine, tokenizer):
     new += len(score) - 1 - held + len(message) - len(score)
     # The next turn shares all up to the end of what the helper said.
     last = max(i for i in range(len(score)) if score[i : i + len(start)] == start)
-    said = tokenizer.encode(template.render("helper", reply=turn.reply.text))
+    said = [i for piece in template.quote(turn.reply.text) for i in tokenizer.encode(piece)]
     held = last + len(start) + len(said)
     assert score[held - len(said) : held] == tuple(said)
   assert d.turn == 3
@@ -254,7 +261,7 @@ def test_without_a_readable_change_the_choice_decides_and_is_counted(engine, tok
   (d,) = play(make(engine, tokenizer, GENERATE), [dialogue()], HOSTILE)
   assert len(engine.scored) == d.turn > 0
   for turn, (_, _, logprobs) in zip(d.turns, engine.scored, strict=True):
-    assert not turn.plan.parsed
+    assert not turn.plan.parsed and turn.plan.retries == 2
     assert turn.plan.change == int(np.argmax(logprobs)) - 10
     assert turn.plan.tokens > 0
 
@@ -269,7 +276,7 @@ def test_a_reply_is_quoted_without_any_special_token(engine, tokenizer, text):
   context = engine.scored[0][1]
   assert [i for i in context if i in tokenizer.special_ids] == markers
   template = builders.templates()["en"]
-  quoted = tokenizer.encode(template.render("helper", reply=text))
+  quoted = [i for piece in template.quote(text) for i in tokenizer.encode(piece)]
   start = (*chat.user_start, *quoted)
   assert any(context[i : i + len(start)] == start for i in range(len(context)))
   for d in (*plain, *hostile):
@@ -317,6 +324,48 @@ def test_a_goodbye_of_the_model_ends_the_dialogue(engine, tokenizer):
   engine.fresh(leaver)
   (d,) = play(make(engine, tokenizer, BARE), [dialogue()])
   assert (d.end, d.turn, d.turns[0].message.text) == ("goodbye", 1, "Bye for now")
+
+
+def test_an_unreadable_appraisal_is_asked_for_again_with_other_seeds(engine, tokenizer):
+  """One slot's user takes two tries, another's is understood at once: each has its own numbers."""
+  chat = tokenizer.chat
+  ids = builders.ids("Change", ":", " ", "-4")
+  garbled = builders.ids("Change", ":", " ", "x")
+  # Forks after the blank: both go on about as often.
+  engine.fresh(
+    builders.chain_model(
+      (20.0, [chat.assistant_start[-1], *ids[:-1]]),
+      (20.0, [ids[-2], ids[-1], chat.assistant_end[0]]),
+      (20.0, [ids[-2], garbled[-1], chat.assistant_end[0]]),
+    )
+  )
+  dialogues = [dialogue("en", i) for i in range(4)]
+  play(make(engine, tokenizer, GENERATE, step=3), dialogues)
+  retries = collections.Counter(t.plan.retries for d in dialogues for t in d.turns)
+  assert retries[0] and retries[1]
+  asked = [numbers for *_, numbers, _ in engine.asked]
+  assert len(set(asked)) == len(asked)
+  for slot, d in enumerate(dialogues):
+    for turn, at in enumerate(d.turns):
+      calls = [n[3] for s, _, n, _ in engine.asked if s == slot and n[:3] == (3, d.index, turn)]
+      assert calls == [2, *range(16, 16 + at.plan.retries), 3]
+      assert at.plan.parsed == (at.plan.change == -4) or not at.plan.parsed
+    Reading(tokenizer, engine, d, slot, GENERATE).check()
+
+
+def test_no_retries_where_none_are_wanted_or_the_integers_decide(engine, tokenizer):
+  for settings in (dataclasses.replace(GENERATE, reparse=0), CHOICE):
+    engine.fresh()
+    (d,) = play(make(engine, tokenizer, settings), [dialogue()], REPLIES[:1])
+    assert d.turns[0].plan.retries == 0 and len(engine.asked) == 2
+
+
+def test_an_appraisal_that_the_limit_cut_off_is_not_read(engine, tokenizer, writer):
+  engine.fresh(writer)
+  length = len(builders.ids("Change", ":", " ", "-4"))
+  short = dataclasses.replace(GENERATE, max_plan_tokens=length)
+  (d,) = play(make(engine, tokenizer, short), [dialogue()], REPLIES[:1])
+  assert not d.turns[0].plan.parsed and d.turns[0].plan.retries == 2
 
 
 def test_numbers_of_the_calls(engine, tokenizer):

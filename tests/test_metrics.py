@@ -217,7 +217,8 @@ def dialogue(exchanges, goodbye=False, full=False, opening_tokens=0, rules=None)
   result.advance(UserMessage("hello", tokens=opening_tokens))
   for i, (change, sampled, planned, said, flags) in enumerate(exchanges):
     result.advance(PolicyReply("r", None, "m" not in flags, "c" not in flags, sampled))
-    result.advance(Plan(change, parsed="p" not in flags, tokens=planned))
+    parsed = "p" not in flags
+    result.advance(Plan(change, parsed=parsed, retries=0 if parsed else 2, tokens=planned))
     if result.stage is not Stage.DONE:
       last = i == len(exchanges) - 1
       result.advance(UserMessage("u", goodbye=goodbye and last, tokens=said))
@@ -263,6 +264,7 @@ def test_metrics_of_dialogues_worked_out_by_hand():
     "format/failure_rate": 2 / 10,
     "format/truncated_rate": 2 / 10,
     "simulator/parse_failure_rate": 2 / 9,
+    "simulator/retry_rate": 4 / 9,
   }
   assert found == pytest.approx(expected)
   assert all(type(value) is float for value in found.values())

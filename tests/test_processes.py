@@ -41,7 +41,7 @@ ONE_OF_TWO = """
   else:
     sys.exit(3)
 
-  settings = remote.SimulatorSettings("generate", True, 9, 9)
+  settings = remote.SimulatorSettings("generate", True, 9, 9, 0)
   simulator = remote.build(c, settings, builders.templates(), 0)
   dialogue = Dialogue(0, 0, builders.scenario(first_message=""), Rules())
   simulator.start(0)

@@ -77,7 +77,7 @@ def test_records_have_the_fields_and_types_of_the_format(think):
         planning = entry.get("planning", {})
         if planning:
           assert {name: type(planning[name]) for name in PLANNING} == PLANNING
-          assert type(planning["parsed"]) is bool
+          assert type(planning["parsed"]) is bool and type(planning["retries"]) is int
       else:
         assert type(entry["content"]) is str
     s = d.scenario

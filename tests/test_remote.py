@@ -1,5 +1,6 @@
 """The remote simulated user: its procedure, its failures, and dialogues that wait for it."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -11,7 +12,7 @@ import builders
 import pytest
 import remote_server
 import runs
-from remote_server import KEY, SAMPLING, Answer, settings, usual
+from remote_server import KEY, SAMPLING, Answer, completion, settings, usual
 
 from rlver_jax.dialogue import records
 from rlver_jax.dialogue.dialogue import PolicyReply, Rules, Segment, Stage
@@ -23,7 +24,7 @@ from rlver_jax.errors import BudgetSpent
 from rlver_jax.metrics import dialogue_metrics
 
 RULES = Rules(max_turns=3, failure_at=-1000, success_at=1000)
-GENERATE = SimulatorSettings("generate", True, 50, 40)
+GENERATE = SimulatorSettings("generate", True, 50, 40, 1)
 
 
 class Replies:
@@ -158,12 +159,13 @@ def test_an_unreadable_appraisal_is_asked_for_again_with_other_seeds(server, mak
   server.decide = lambda c: (
     Answer("Change: a lot") if c.kind == "plan" and next(plans) < 2 else usual(c)
   )
-  simulator = make(reparse=2)
+  simulator = make(dataclasses.replace(GENERATE, reparse=2))
   (d,) = play(simulator, rules=Rules(max_turns=1))
   assert [c.kind for c in server.calls] == ["plan"] * 3
   assert len({c.body["seed"] for c in server.calls}) == 3
   assert len({json.dumps(c.messages) for c in server.calls}) == 1
   assert (d.emotion, d.turns[0].plan.parsed, d.turns[0].plan.content) == (32, True, "content it is")
+  assert d.turns[0].plan.retries == 2
   assert d.turns[0].plan.tokens == sum(len(usual(c).text.split()) for c in server.calls[-1:]) + 6
   assert metrics(simulator)["parse_failures"] == 2
 
@@ -171,7 +173,7 @@ def test_an_unreadable_appraisal_is_asked_for_again_with_other_seeds(server, mak
 def test_after_that_the_change_alone_is_asked_for(server, make):
   said = "Content: kind words\nChange: 11"
   server.decide = lambda c: Answer({"plan": said, "choice": "−4."}.get(c.kind, "So."))
-  simulator = make(reparse=1)
+  simulator = make()
   (d,) = play(simulator, rules=Rules(max_turns=2))
   assert [c.kind for c in server.calls] == [
     "plan", "plan", "choice", "message", "plan", "plan", "choice",
@@ -183,13 +185,14 @@ def test_after_that_the_change_alone_is_asked_for(server, make):
   assert [m["content"] for m in message.messages[-4:-1]] == [said, question, "-4"]
   plan = d.turns[0].plan
   assert (plan.change, plan.parsed, plan.content, d.emotion) == (-4, False, "kind words", 22)
+  assert plan.retries == 1
   assert metrics(simulator)["parse_failures"] == 4
 
 
 @pytest.mark.parametrize("text", ["11", "", "about 3", "3 or 4", "ten", '{"change": 3}', "+-3"])
 def test_a_user_who_cannot_be_understood_has_failed(server, make, text):
   server.decide = lambda c: Answer(text)
-  simulator = make(reparse=1)
+  simulator = make()
   (d,) = play(simulator)
   assert (d.end, d.stage, d.turn, d.emotion) == ("failed", Stage.DONE, 0, 30)
   assert [c.kind for c in server.calls] == ["plan", "plan", "choice"]
@@ -199,7 +202,7 @@ def test_a_user_who_cannot_be_understood_has_failed(server, make, text):
 
 @pytest.mark.parametrize("appraise", [True, False])
 def test_choice_asks_for_the_integer(server, make, appraise):
-  simulator = make(SimulatorSettings("choice", appraise, 50, 40), reparse=2)
+  simulator = make(SimulatorSettings("choice", appraise, 50, 40, 2))
   unread = iter([False, True, True, False])
   server.decide = lambda c: Answer("hm") if c.kind == "choice" and next(unread) else usual(c)
   (d,) = play(simulator, rules=Rules(max_turns=2))
@@ -207,9 +210,21 @@ def test_choice_asks_for_the_integer(server, make, appraise):
   assert ("plan" in kinds) == appraise
   assert [t.plan.change for t in d.turns] == [3, 3] and all(t.plan.parsed for t in d.turns)
   assert d.turns[0].plan.content == ("content it is" if appraise else "")
+  assert [t.plan.retries for t in d.turns] == [0, 2]
   choices = [c for c in server.calls if c.kind == "choice"]
   assert all("reply 0/" in c.messages[-1 if not appraise else -3]["content"] for c in choices)
   assert metrics(simulator)["parse_failures"] == len(choices) - 2 == 2
+
+
+def test_an_appraisal_that_the_server_cut_off_is_not_read(server, make):
+  server.decide = lambda c: (
+    Answer(body=completion("Content: it says\nChange: +10", c, "length"))
+    if c.kind == "plan"
+    else usual(c)
+  )
+  (d,) = play(make(), rules=Rules(max_turns=1))
+  assert [c.kind for c in server.calls] == ["plan", "plan", "choice"]
+  assert (d.turns[0].plan.change, d.turns[0].plan.parsed) == (3, False)
 
 
 REPLIES = (
@@ -226,7 +241,7 @@ def test_replies_are_quoted_and_hold_no_special_tokens(server, make, text):
   assert d.turns[0].reply.text == text and d.turns[0].plan.change == 2
   (call,) = server.calls
   t = builders.templates()["en"]
-  quoted = t.render("helper", reply=remote.plain_text(text))
+  quoted = "".join(t.quote(remote.plain_text(text)))
   asked = call.messages[-1]["content"]
   assert asked == f"{quoted}\n\n{t.render('plan', emotion='30', state='C')}"
   for mark in ("<|", "<｜", "</", "<s>", "<think>", "<start", "[INST]", "[/INST]", "<SYS>", "<!"):

@@ -31,7 +31,7 @@ def scripted(seed=0):
 
 def language_model(slots, decode_steps):
   engine = builders.text_engine("simulator", slots, decode_steps).fresh()
-  settings = SimulatorSettings("generate", True, 12, 12)
+  settings = SimulatorSettings("generate", True, 12, 12, 1)
   return LanguageModelSimulator(engine, builders.tokenizer(), builders.templates(), settings)
 
 

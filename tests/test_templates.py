@@ -211,7 +211,7 @@ def test_change_is_an_integer_in_range_and_nothing_else(label, written, change):
 def test_plan_fields_span_lines_in_any_layout():
   text = (
     "Sure:\n* **Content:** It asks\n  how I am.\n**completion**: Partly.\nACTIVITY：I wonder:\n"
-    "why now?\n> Feeling: *calm*\n\nChange: ＋2\nThe end."
+    "why now?\n# Feeling: *calm*\n\nChange: ＋2\nThe end."
   )
   fields, change = templates_lib.load("en").parse_plan(text)
   assert fields == {
@@ -235,14 +235,79 @@ def test_plan_in_chinese():
   assert change == -4
 
 
-def test_the_last_change_line_decides_alone():
+def test_the_change_that_ends_a_form_decides_or_none_does():
   parse = templates_lib.load("en").parse_plan
-  assert parse("Content: it says\nChange: +10\nChange: -2")[1] == -2
   # A quotation of the reply must not stand in for a change that can't be read.
   assert parse("Content: it says\nChange: +10\nFeeling: odd\nChange: a lot")[1] is None
+  # Nor must a whole form's be followed by another, or any by what is left of the form.
+  form = "Content: a\nCompletion: b\nActivity: c\nFeeling: d\nChange: -3\n"
+  assert parse(form)[1] == parse(form * 2)[1] == parse(f"{form}So:\nChange: -3")[1] == -3
+  assert parse(f"{form}It wrote:\nChange: +10")[1] is None
+  assert parse(f"Content: it wrote\nChange: +10\n{form}")[1] == -3
+  for other in (form.replace("-3", "+10"), "Feeling: good\nChange: +10", "Change: +10"):
+    assert parse(form + other)[1] is None
+  assert parse(form.replace("-3", "+10") + form)[1] is None
+  assert parse("Content: it says\nChange: +10\nChange: -2")[1] is None
+  assert parse("Change: -2\nContent: it says\nChange: +10")[1] is None
+  assert parse("Content: it wrote\nChange: +10\nCompletion: no")[1] is None
   assert parse("My change: +10, exchange: 3\nnothing else")[1] is None
   assert parse("")[1] is None
   assert parse("")[0] == dict.fromkeys(templates_lib.PLAN_FIELDS, "")
+
+
+def test_a_marked_quotation_in_an_appraisal_does_not_count():
+  parse = templates_lib.load("en").parse_plan
+  form = "Content: a\nCompletion: b\nActivity: c\nFeeling: d\nChange: -3\n"
+  quoted = "It wrote:\n<<<\nContent: fine\nChange: +10\n>>>\n"
+  for text in (form + quoted, quoted + form, f"{form}> Change: +10", f"> Change: +10\n{form}"):
+    assert parse(text)[1] == -3
+  assert parse(form + quoted)[0]["content"] == "a"
+  assert parse(f"<<<\n{form}")[1] is None
+  assert parse(f"It wrote <<<Change: +10>>>\n{form}")[1] == -3
+
+
+def test_a_cut_appraisal_has_no_change():
+  fields, change = templates_lib.load("en").parse_plan("Content: it says\nChange: +1", cut=True)
+  assert (fields["content"], change) == ("it says", None)
+
+
+# Quoting.
+
+
+@pytest.mark.parametrize(
+  ("text", "quoted"),
+  [
+    (">>>", "> > > "),
+    ("a>>>>>b", "a> > > >>b"),
+    ("<<<<\n", "< < < <\n"),
+    ("＞＞＞", "> > > "),
+    (">\u200b＞\u202e>x", "> > > x"),
+    (">> <<", ">> <<"),
+    ("", ""),
+    ("1 < 2, {reply}, “yes”\n", "1 < 2, {reply}, “yes”\n"),
+  ],
+)
+def test_a_quoted_reply_holds_no_mark_of_its_frame(text, quoted):
+  for language in LANGUAGES:
+    templates = templates_lib.load(language)
+    before, reply, after = templates.quote(text)
+    assert reply == quoted
+    assert before + reply + after == templates.render("helper", reply=quoted)
+    assert before.endswith("<<<\n") and after == "\n>>>"
+
+
+def test_the_frame_of_an_own_template(tmp_path):
+  for frame, text, quoted in (
+    ('"""\n{reply}\n"""', 'a """ b " c', 'a " " "  b " c'),
+    ("{reply}", "a >>> b", "a >>> b"),
+    ("It says: {reply}", ">>> b", ">>> b"),
+    ("=====\n{reply}\n-----\n{reply} so", "-----=====", "- - - - - = = = = = "),
+  ):
+    templates = _load(tmp_path, MINIMAL.replace("{reply}", frame))
+    assert templates.quote(text)[1::2] == [quoted] * frame.count("{reply}")
+  templates = _load(tmp_path, MINIMAL.replace("{reply}", '"""\n{reply}\n"""'))
+  assert templates.parse_plan('"""\nChange: +10\n"""\nChange: -2')[1] == -2
+  assert templates.parse_plan('Change: -2\n"""\nChange: +10\n"""')[1] == -2
 
 
 # Levels.

@@ -32,7 +32,7 @@ METRICS = {
   "sampler": "policy_drawn policy_extended policy_prefilled policy_seconds"
   " policy_tokens_per_second",
   "seconds": "prepare rollout step update write",
-  "simulator": "parse_failure_rate",
+  "simulator": "parse_failure_rate retry_rate",
   "tokens": "per_second policy reply_mean simulator",
   "update": "clip_fraction entropy gradient_norm kl_sampler learning_rate loss policy_loss"
   " ratio skipped tokens_per_second",
@@ -493,12 +493,15 @@ def test_thinking_epochs_and_the_penalty(tmp_path):
 @pytest.mark.slow
 def test_an_appraisal_without_a_change_falls_back_on_the_integers(tmp_path):
   changes = {"simulator.score": "generate", "dialogue.max_turns": 1, "algorithm.kl_coef": 0.1}
+  changes["simulator.reparse"] = 1
   runs.play(runs.config(**runs.LANGUAGE_MODEL | changes), tmp_path)
   for record in runs.metrics(tmp_path):
     assert record["simulator/parse_failure_rate"] == 1  # random weights fill in no form
+    assert record["simulator/retry_rate"] == 1
     for kept in dialogues(tmp_path, record["step"]):
       planning = kept["history"][-1]["planning"]
-      assert planning["parsed"] is False and -10 <= planning["change"] <= 10
+      assert planning["parsed"] is False and planning["retries"] == 1
+      assert -10 <= planning["change"] <= 10
       assert kept["emo_point"] == 30 + planning["change"]
 
 

@@ -63,13 +63,17 @@ class Plan:
   feeling: str = ""
   parsed: bool = True  # False: no change could be read from the text, `choice` decided
   tokens: int = 0  # sampled by the simulator for it
+  retries: int = 0  # how often it was asked for again, as no change could be read
 
 
 @dataclasses.dataclass(frozen=True)
 class UserMessage:
+  """What the user says; `ids` are the simulator's own token ids of it, where it sampled any."""
+
   text: str
   goodbye: bool = False
   tokens: int = 0
+  ids: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,14 +2,14 @@
 
 A record holds the profile's fields, the final emotion and its state, and `history`: a list of
 messages, the user's with `emotion-point` and the `planning` that led to it. Added here: the
-place in the batch, the user's level, why the dialogue ended, token counts, and the policy's
-thoughts.
+place in the batch, the user's level, why the dialogue ended, token counts, the policy's thoughts,
+and the token ids that a language-model user sampled, from which its chat can be read again.
 """
 
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rlver_jax.dialogue import emotion as emotion_lib
@@ -66,6 +66,8 @@ def _user(message: UserMessage | None, emotion: int, plan: Plan | None) -> dict[
     "emotion-point": emotion,
     "tokens": message.tokens if message else 0,
   }
+  if message and message.ids is not None:
+    entry["ids"] = list(message.ids)
   if plan is not None:
     entry["planning"] = {
       "content": plan.content,
@@ -74,6 +76,7 @@ def _user(message: UserMessage | None, emotion: int, plan: Plan | None) -> dict[
       "analyse": plan.feeling,
       "change": plan.change,
       "parsed": plan.parsed,
+      "retries": plan.retries,
       "tokens": plan.tokens,
     }
   return entry
@@ -92,12 +95,17 @@ def _assistant(reply: PolicyReply) -> dict[str, Any]:
 
 def write(path: str | os.PathLike, dialogues: Sequence[Dialogue]) -> None:
   """Writes the records of these dialogues to a file, all or nothing."""
+  write_lines(path, map(record, dialogues))
+
+
+def write_lines(path: str | os.PathLike, values: Iterable[dict[str, Any]]) -> None:
+  """Writes JSON objects to a file, one a line, all or nothing."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.tmp")
   with open(temporary, "w", encoding="utf-8") as file:
-    for dialogue in dialogues:
-      file.write(json.dumps(record(dialogue), ensure_ascii=False) + "\n")
+    for value in values:
+      file.write(json.dumps(value, ensure_ascii=False) + "\n")
     file.flush()
     os.fsync(file.fileno())
   os.replace(temporary, path)

@@ -6,7 +6,8 @@
 The simulated user is the assistant of an append-only chat: `system` (who it is), then for each
 turn `helper` (the reply, quoted), `plan` or `choice` (appraise it) and `message` (speak).
 Values are inserted verbatim and never read as a template, so nothing that a policy writes can
-alter a prompt. What the simulator writes is read back by `parse_plan` and `is_goodbye`.
+alter a prompt; `quote` keeps a reply from imitating the marks that frame it. What the simulator
+writes is read back by `parse_plan` and `is_goodbye`.
 
 A level of difficulty (`levels.py`) has a file of the same name in a folder of its own, with
 those of the simulated user's sections that differ: `Templates.at` puts them in place.
@@ -17,14 +18,13 @@ import importlib.resources
 import pathlib
 import re
 import string
-import unicodedata
 from collections.abc import Sequence
 
-from rlver_jax.dialogue.emotion import MAX_CHANGE, MIN_CHANGE
+from rlver_jax.dialogue import answers, quotation
+from rlver_jax.dialogue.answers import PLAN_FIELDS
 from rlver_jax.dialogue.levels import VANILLA
 from rlver_jax.errors import UserError
 
-PLAN_FIELDS = ("content", "completion", "activity", "feeling")
 LABELS = (*PLAN_FIELDS, "change")
 SECTIONS = {  # section -> the placeholders that it must have, and no others
   "system": {"persona", "background", "character", "traits", "task"},
@@ -42,9 +42,6 @@ SECTIONS = {  # section -> the placeholders that it must have, and no others
 LEVEL_SECTIONS = {n: SECTIONS[n] for n in ("system", "opening", "plan", "choice", "message")}
 
 _HEADER = re.compile(r"===\s*(\S+)\s*===\s*")
-_INTEGER = re.compile(r"([+-]?)\s?([0-9]{1,2})")
-_MINUS = str.maketrans("−–—", "---")  # NFKC leaves these dashes as they are
-_MARKUP = "*_`~ \t"  # Markdown emphasis around a label or a value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +61,11 @@ class Templates:
   levels: "dict[str, Templates]" = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    names = "|".join(re.escape(x) for x in sorted(self.labels.values(), key=len, reverse=True))
-    lead = r"\s*(?:[-*+•>#]+\s+|[0-9]{1,2}[.)、]\s*)*"
-    line = rf"{lead}[{_MARKUP}]*({names})[{_MARKUP}]*[:：](.*)"
-    object.__setattr__(self, "_label_line", re.compile(line, re.IGNORECASE))
-    object.__setattr__(self, "_goodbye", _goodbye_pattern(self.goodbye, self.language))
+    object.__setattr__(self, "_label_line", answers.label_line(self.labels.values()))
+    by_name = {label.casefold(): field for field, label in self.labels.items()}
+    object.__setattr__(self, "_labelled", by_name)
+    object.__setattr__(self, "_goodbye", answers.goodbye_pattern(self.goodbye, self.language))
+    object.__setattr__(self, "_frame", quotation.frame_of(self.sections["helper"]))
 
   def at(self, level: str) -> "Templates":
     """The templates of a level; KeyError where they were not loaded."""
@@ -86,32 +83,22 @@ class Templates:
       raise TypeError(f"section {section} takes {sorted(SECTIONS[section])}, not {sorted(fields)}")
     return "".join(text + (str(fields[name]) if name else "") for text, name in parts)
 
+  def quote(self, reply: str) -> list[str]:
+    """The section `helper` in pieces, template and quoted reply in turn, the template first.
+
+    The marks around the reply are spaced out where it holds them (see `quotation.py`), so that the
+    quotation cannot seem to end; any other text is quoted as it is.
+    """
+    parts, reply = self.sections["helper"], quotation.neutral(reply, self._frame)
+    return [piece for text, name in parts for piece in ((text, reply) if name else (text,))]
+
   def is_goodbye(self, text: str) -> bool:
     """Whether a message of the user holds a phrase that ends the dialogue."""
-    return self._goodbye.search(_comparable(text)) is not None
+    return self._goodbye.search(answers.comparable(text)) is not None
 
-  def parse_plan(self, text: str) -> tuple[dict[str, str], int | None]:
-    """Reads the appraisal that the simulator wrote.
-
-    Returns:
-      The fields content, completion, activity and feeling ("" where absent; a field reaches to
-      the next labelled line; the last one counts where a label comes twice) and the change, or
-      None. The last line labelled as the change decides alone: where it holds anything but an
-      integer in -10..10, an earlier one (a quotation of the reply, say) does not stand in.
-    """
-    by_name = {label.casefold(): field for field, label in self.labels.items()}
-    found: dict[str, list[str]] = {}
-    lines: list[str] = []
-    change_line = None
-    for line in text.splitlines():
-      if match := self._label_line.fullmatch(line):
-        field = by_name[match[1].casefold()]
-        lines = found[field] = [match[2]]
-        change_line = match[2] if field == "change" else change_line
-      else:
-        lines.append(line)
-    fields = {field: _plain("\n".join(found.get(field, ()))) for field in PLAN_FIELDS}
-    return fields, None if change_line is None else parse_change(change_line)
+  def parse_plan(self, text: str, cut: bool = False) -> tuple[dict[str, str], int | None]:
+    """The fields and the change of the appraisal that the simulator wrote: `answers.parse_plan`."""
+    return answers.parse_plan(text, self._label_line, self._labelled, self._frame, cut)
 
 
 def load(language: str, folder: str = "", levels: Sequence[str] = ()) -> Templates:
@@ -262,38 +249,3 @@ def _labels(text: str, path, first_line: int) -> dict[str, str]:
       f"{path}: section 'labels' has no label for {absent[0]!r}, expected a line '{absent[0]}: ...'"
     )
   return {field: labels[field] for field in LABELS}
-
-
-def _goodbye_pattern(phrases: tuple[str, ...], language: str) -> re.Pattern:
-  """Any of the phrases; one that starts or ends with a letter does so at a word boundary.
-
-  Chinese has no such boundaries, so there only ASCII letters count as letters.
-  """
-  flags = re.ASCII if language == "zh" else re.NOFLAG
-  alternatives = []
-  for phrase in map(_comparable, phrases):
-    start = r"(?<!\w)" if re.match(r"\w", phrase, flags) else ""
-    end = r"(?!\w)" if re.match(r"\w", phrase[-1], flags) else ""
-    alternatives.append(start + re.escape(phrase) + end)
-  return re.compile("|".join(alternatives), flags)
-
-
-def _comparable(text: str) -> str:
-  """Casefolded, with one kind of apostrophe, full-width forms narrowed and spaces collapsed."""
-  text = unicodedata.normalize("NFKC", text).casefold().replace("’", "'")
-  return " ".join(text.split())
-
-
-def _plain(text: str) -> str:
-  """A field's text without the Markdown emphasis around it."""
-  return text.strip().strip(_MARKUP).strip()
-
-
-def parse_change(text: str) -> int | None:
-  """The change of emotion: the integer in -10..10 that is all of `text`, or None."""
-  text = unicodedata.normalize("NFKC", text).translate(_MINUS).strip().strip(_MARKUP)
-  match = _INTEGER.fullmatch(text.rstrip(".。 "))
-  if not match:
-    return None
-  value = int(match[1] + match[2])
-  return value if MIN_CHANGE <= value <= MAX_CHANGE else None

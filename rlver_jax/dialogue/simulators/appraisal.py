@@ -51,6 +51,8 @@ _ARTIFACT = re.compile(
   r"|(change|emotion|score|reward|变化|情绪|分数)[ *_]{0,3}[:=][ *_]{0,3}[+\-−]?[ ]?\d",
   re.MULTILINE,
 )
+# Padding, behind which a reader would not find the rest of the reply.
+_PADDING = re.compile(r"(.)\1{99}", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +110,7 @@ def features(
   artifact = {"artifact"} if _ARTIFACT.search(text) else set()
   if not units:
     return Features({}, frozenset({"empty"} | artifact))
-  if _is_gibberish(text, units, lexicon):
+  if _PADDING.search(reply) or _is_gibberish(text, units, lexicon):
     return Features({}, frozenset({"gibberish"} | artifact))
 
   told = lexicon_lib.content_of(lexicon_lib.story(scenario.background, language), language)

@@ -41,7 +41,6 @@ class RemoteSettings:
   retries: int
   first_wait: float
   max_wait: float
-  reparse: int
   token_budget: int
   failure_budget: int
 
@@ -57,10 +56,12 @@ class RemoteSampling:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-  """What the server's model wrote, and how many tokens it took for that (0: it did not say)."""
+  """What the server's model wrote, how many tokens it took for that (0: it did not say), and
+  whether the limit cut it off."""
 
   text: str
   tokens: int
+  cut: bool = False
 
 
 class Fault(NamedTuple):
@@ -163,7 +164,8 @@ class Connection:
         **self._sampling,
       )
       tokens = self._count(getattr(response, "usage", None))
-      return Completion(_text(response), tokens)
+      text = _text(response)
+      return Completion(text, tokens, response.choices[0].finish_reason == "length")
 
     return await self._retrying(call)
 

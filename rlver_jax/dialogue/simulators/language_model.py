@@ -11,7 +11,15 @@ import dataclasses
 import numpy as np
 
 from rlver_jax.dialogue import emotion as emotion_lib
-from rlver_jax.dialogue.dialogue import Answer, Dialogue, NoRoom, Plan, Stage, UserMessage
+from rlver_jax.dialogue.dialogue import (
+  Answer,
+  Dialogue,
+  NoRoom,
+  Plan,
+  PolicyReply,
+  Stage,
+  UserMessage,
+)
 from rlver_jax.dialogue.scenario import Scenario
 from rlver_jax.dialogue.simulators.base import Simulator
 from rlver_jax.dialogue.templates import Templates
@@ -22,6 +30,7 @@ from rlver_jax.sampling.requests import Request, Sample
 from rlver_jax.tokenizer import Tokenizer
 
 OPENING_CALL, PLAN_CALL, MESSAGE_CALL = 1, 2, 3  # see policy.POLICY_CALL
+RETRY_CALL = 16  # of the first further appraisal of a turn; those after it count on
 CHANGES = range(emotion_lib.MIN_CHANGE, emotion_lib.MAX_CHANGE + 1)
 SILENCE = "…"  # what the user says when the model says nothing
 
@@ -29,12 +38,14 @@ SILENCE = "…"  # what the user says when the model says nothing
 @dataclasses.dataclass(frozen=True)
 class SimulatorSettings:
   """score: 'generate' reads the change from the appraisal's text, `choice` scores the integers.
-  appraise: whether an appraisal is written at all (it must be to `generate`)."""
+  appraise: whether an appraisal is written at all (it must be to `generate`).
+  reparse: most further appraisals, with other seeds, where the change cannot be read."""
 
   score: str
   appraise: bool
   max_plan_tokens: int
   max_message_tokens: int
+  reparse: int
 
 
 def change_choices(tokenizer: Tokenizer) -> programs.Choices:
@@ -82,12 +93,17 @@ def check_room(
 
 @dataclasses.dataclass
 class _Chat:
-  """One dialogue as the simulator's chat: `kept` stays, `scratch` is forgotten with the turn."""
+  """One dialogue as the simulator's chat: `kept` stays, `scratch` is forgotten with the turn.
+
+  said: how many of the user's messages are in `kept`, the opening included.
+  appraisal, retries, tokens: of the turn's appraisal, the last one's text and what it took."""
 
   dialogue: Dialogue
   kept: list[int]
   scratch: list[int] = dataclasses.field(default_factory=list)
+  said: int = 0
   appraisal: str = ""
+  retries: int = 0
   tokens: int = 0
 
 
@@ -132,7 +148,7 @@ class LanguageModelSimulator(Simulator):
       case Stage.OPENING:
         self._generate(slot, self._opening(chat), OPENING_CALL, self.settings.max_message_tokens)
       case Stage.PLAN:
-        chat.appraisal, chat.tokens = "", 0
+        chat.appraisal, chat.retries, chat.tokens = "", 0, 0
         self._catch_up(chat)
         if self.settings.appraise:
           chat.scratch = self._helper(chat, "plan")
@@ -165,8 +181,9 @@ class LanguageModelSimulator(Simulator):
     return self._templates[dialogue.scenario.language].at(dialogue.rules.level.name)
 
   def _render(self, chat: _Chat, section: str, **fields: str) -> str:
-    emotion = chat.dialogue.emotion
-    return self._template(chat.dialogue).render(
+    d = chat.dialogue
+    emotion = d.rules.initial_emotion if section == "opening" else d.emotion
+    return self._template(d).render(
       section, emotion=str(emotion), state=emotion_lib.state(emotion), **fields
     )
 
@@ -175,22 +192,34 @@ class LanguageModelSimulator(Simulator):
     return [*chat.kept, *self._wrap.user(question), *self._wrap.assistant_start]
 
   def _catch_up(self, chat: _Chat) -> None:
-    """Makes a given opening part of the chat, as if the simulator had written it."""
-    if not chat.dialogue.turns and not chat.scratch and chat.dialogue.scenario.first_message:
-      opening = self._tokenizer.encode(chat.dialogue.opening.text)
-      chat.kept = [*self._opening(chat), *opening, *self._wrap.assistant_end]
+    """Makes what the dialogue holds part of the chat: sampled ids, or an opening that was given."""
+    d = chat.dialogue
+    if not chat.said:
+      chat.kept = [*self._opening(chat), *self._spoken(d.opening)]
+      chat.said = 1
+    for turn in d.turns[chat.said - 1 :]:
+      chat.kept = [*self._quoted(chat, turn.reply), *self._wrap.user_end]
+      chat.kept += [*self._wrap.assistant_start, *self._spoken(turn.message)]
+      chat.said += 1
+
+  def _spoken(self, message: UserMessage) -> list[int]:
+    own = self._tokenizer.encode(message.text) if message.ids is None else message.ids
+    return [*own, *self._wrap.assistant_end]
 
   def _helper(self, chat: _Chat, section: str) -> list[int]:
     """The chat with the helper's last reply and a question about it."""
-    quoted = self._quoted(chat)
+    quoted = self._quoted(chat, chat.dialogue.last_reply)
     question = self._tokenizer.encode("\n\n" + self._render(chat, section))
     return [*quoted, *question, *self._wrap.user_end, *self._wrap.assistant_start]
 
-  def _quoted(self, chat: _Chat) -> list[int]:
-    """The chat up to the helper's last reply, its message still open."""
-    reply = chat.dialogue.last_reply.text
-    text = self._template(chat.dialogue).render("helper", reply=reply)
-    return [*chat.kept, *self._wrap.user_start, *self._tokenizer.encode(text)]
+  def _quoted(self, chat: _Chat, reply: PolicyReply) -> list[int]:
+    """The chat up to a reply of the helper, its message still open.
+
+    Frame and reply are encoded apart, so that no reply changes the ids of its frame.
+    """
+    pieces = self._template(chat.dialogue).quote(reply.text)
+    ids = [i for piece in pieces for i in self._tokenizer.encode(piece)]
+    return [*chat.kept, *self._wrap.user_start, *ids]
 
   def _generate(self, slot: int, ids: list[int], call: int, budget: int) -> None:
     if not self.engine.fits(ids, budget):
@@ -209,24 +238,28 @@ class LanguageModelSimulator(Simulator):
   # Taking answers.
 
   def _take(self, slot: int, chat: _Chat, sample: Sample) -> Answer | None:
-    """The answer that a sample is, or None when the change is still to be chosen."""
+    """The answer that a sample is, or None when the change is still to be asked for."""
     own = [i for i in sample.ids if i not in self._tokenizer.special_ids]
     text = self._tokenizer.decode(own).strip()
     chat.tokens += len(sample.ids)
     match chat.dialogue.stage:
       case Stage.OPENING:
-        chat.kept = [*self._opening(chat), *own, *self._wrap.assistant_end]
-        return UserMessage(text or SILENCE, tokens=len(sample.ids))
+        return UserMessage(text or SILENCE, tokens=len(sample.ids), ids=tuple(own))
       case Stage.MESSAGE:
-        spoken = [*self._wrap.user_end, *self._wrap.assistant_start, *own]
-        chat.kept = [*self._quoted(chat), *spoken, *self._wrap.assistant_end]
         goodbye = self._template(chat.dialogue).is_goodbye(text)
-        return UserMessage(text or SILENCE, goodbye, len(sample.ids))
+        return UserMessage(text or SILENCE, goodbye, len(sample.ids), tuple(own))
     chat.appraisal = text
+    fields, change = self._template(chat.dialogue).parse_plan(text, cut=not sample.stopped)
+    reads = self.settings.score == "generate"
+    if reads and change is None and chat.retries < self.settings.reparse:
+      call = RETRY_CALL + chat.retries
+      chat.retries += 1
+      # The same question: the answer is forgotten.
+      self._generate(slot, chat.scratch, call, self.settings.max_plan_tokens)
+      return None
     chat.scratch += [*own, *self._wrap.assistant_end]
-    fields, change = self._template(chat.dialogue).parse_plan(text)
-    if self.settings.score == "generate" and change is not None:
-      return Plan(change, tokens=chat.tokens, **plan_fields(fields))
+    if reads and change is not None:
+      return Plan(change, retries=chat.retries, tokens=chat.tokens, **plan_fields(fields))
     question = self._wrap.user(self._render(chat, "choice"))
     chat.scratch += [*question, *self._wrap.assistant_start]
     self._score(slot, chat.scratch)
@@ -237,7 +270,9 @@ class LanguageModelSimulator(Simulator):
     chat.scratch += [*self._tokenizer.encode(str(change)), *self._wrap.assistant_end]
     fields, _ = self._template(chat.dialogue).parse_plan(chat.appraisal)
     parsed = self.settings.score == "choice"
-    return Plan(change, parsed=parsed, tokens=chat.tokens, **plan_fields(fields))
+    return Plan(
+      change, parsed=parsed, retries=chat.retries, tokens=chat.tokens, **plan_fields(fields)
+    )
 
 
 def plan_fields(fields: dict[str, str]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from rlver_jax import processes
 from rlver_jax.dialogue import emotion as emotion_lib
+from rlver_jax.dialogue.answers import PLAN_FIELDS, parse_change
 from rlver_jax.dialogue.dialogue import Answer, Dialogue, Failed, Plan, Stage, UserMessage
 from rlver_jax.dialogue.simulators import connection as connection_lib
 from rlver_jax.dialogue.simulators import language_model
@@ -35,7 +36,7 @@ from rlver_jax.dialogue.simulators.connection import (
   RemoteSettings,
 )
 from rlver_jax.dialogue.simulators.language_model import SILENCE, SimulatorSettings, plan_fields
-from rlver_jax.dialogue.templates import PLAN_FIELDS, Templates, parse_change
+from rlver_jax.dialogue.templates import Templates
 from rlver_jax.errors import BudgetSpent, UserError
 
 OPENING_CALL, PLAN_CALL, MESSAGE_CALL, CHOICE_CALL = 1, 2, 3, 4
@@ -223,28 +224,29 @@ class RemoteSimulator(Simulator):
     return UserMessage(said, tokens=done.tokens)
 
   async def _appraise(self, chat: _Chat) -> Plan:
-    s, reparse = self._settings, self._connection.settings.reparse
+    s = self._settings
     self._catch_up(chat)
     quoted, fields, tokens = self._quoted(chat), {}, 0
     reads = s.score == "generate"
     chat.scratch = [_user(f"{quoted}\n\n{self._render(chat, 'choice')}")]
     if s.appraise:
       question = _user(f"{quoted}\n\n{self._render(chat, 'plan')}")
-      for attempt in range(reparse + 1 if reads else 1):
+      for attempt in range(s.reparse + 1 if reads else 1):
         done = await self._call(chat, [question], PLAN_CALL, s.max_plan_tokens, attempt)
         tokens += done.tokens
-        fields, change = self._template(chat.dialogue).parse_plan(done.text)
+        fields, change = self._template(chat.dialogue).parse_plan(done.text, done.cut)
         chat.scratch = [question, _assistant(done.text or SILENCE)]
         if reads and change is not None:
-          return Plan(change, tokens=tokens, **plan_fields(fields))
+          return Plan(change, retries=attempt, tokens=tokens, **plan_fields(fields))
         self._connection.counts["parse_failures"] += reads
       chat.scratch.append(_user(self._render(chat, "choice")))
-    for attempt in range(1 if reads else reparse + 1):
+    for attempt in range(1 if reads else s.reparse + 1):
       done = await self._call(chat, chat.scratch, CHOICE_CALL, CHOICE_TOKENS, attempt)
       tokens += done.tokens
       if (change := parse_change(done.text)) is not None:
         chat.scratch.append(_assistant(str(change)))
-        return Plan(change, parsed=not reads, tokens=tokens, **plan_fields(fields))
+        retries = s.reparse if reads else attempt
+        return Plan(change, parsed=not reads, retries=retries, tokens=tokens, **plan_fields(fields))
       self._connection.counts["parse_failures"] += 1
     raise CallFailed("no answer that holds a change of emotion")
 
@@ -283,7 +285,7 @@ class RemoteSimulator(Simulator):
   def _quoted(self, chat: _Chat) -> str:
     """The helper's last reply as quoted material."""
     reply = plain_text(chat.dialogue.last_reply.text)
-    return self._template(chat.dialogue).render("helper", reply=reply)
+    return "".join(self._template(chat.dialogue).quote(reply))
 
 
 def plain_text(text: str) -> str:
