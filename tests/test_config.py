@@ -110,8 +110,8 @@ def test_an_unknown_preset_is_named_with_those_there_are():
 
 
 def test_every_field_has_a_comment_on_its_line_or_right_above():
-  """Fields are the string keys with a plain value in the dictionaries of configs/common.py."""
-  source = (runs.REPOSITORY / "configs" / "common.py").read_text(encoding="utf-8")
+  """Fields are the string keys with a plain value in the dictionaries of configs/recipe.py."""
+  source = (runs.REPOSITORY / "configs" / "recipe.py").read_text(encoding="utf-8")
   lines = source.splitlines()
   bare, seen = [], set()
   for node in ast.walk(ast.parse(source)):

@@ -8,7 +8,7 @@ from rlver_jax.dialogue.dialogue import Dialogue
 
 @dataclasses.dataclass(frozen=True)
 class RewardSettings:
-  """Fields as in configs/common.py, section `reward`, and `dialogue.malformed_penalty`."""
+  """Fields as in configs/recipe.py, section `reward`, and `dialogue.malformed_penalty`."""
 
   kind: str
   final_weight: float

@@ -22,7 +22,7 @@ from rlver_jax.rl.update import Batch, LossSettings, row_logprobs, row_values
 
 @dataclasses.dataclass(frozen=True)
 class LearnerSettings:
-  """How a step learns; fields as in configs/common.py, sections `algorithm` and `training`.
+  """How a step learns; fields as in configs/recipe.py, sections `algorithm` and `training`.
 
   minibatches: optimizer steps an epoch; microbatch: rows at a time; groups: how many groups the
   rows of a step belong to.

@@ -24,7 +24,7 @@ from rlver_jax.rl.rows import Rows
 
 @dataclasses.dataclass(frozen=True)
 class LossSettings:
-  """The loss of policy and critic; fields as in configs/common.py, section `algorithm`.
+  """The loss of policy and critic; fields as in configs/recipe.py, section `algorithm`.
 
   temperature: that of the sampler, which drew from logits / temperature. logprob_chunk: tokens,
   over all rows of a microbatch, whose logits are alive at a time. kl_in_loss: whether the loss
