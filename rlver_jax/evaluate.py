@@ -15,10 +15,6 @@ from rlver_jax import cli
 from rlver_jax.errors import UserError
 
 MODE = flags.DEFINE_enum("mode", None, ["rescore"], "What to do.")
-STEP = flags.DEFINE_integer("step", None, "Step whose dialogues are taken; by default all.")
-OUT = flags.DEFINE_string(
-  "out", None, "File of JSON lines to write; by default rescored.jsonl in the run's folder."
-)
 
 
 def main(argv: list[str]) -> int:
@@ -26,8 +22,8 @@ def main(argv: list[str]) -> int:
   if MODE.value is None or not cli.WORKDIR.value:
     raise UserError("--mode or --workdir is missing, expected --mode=rescore and a run's folder.")
   workdir = pathlib.Path(cli.WORKDIR.value).expanduser()
-  out = pathlib.Path(OUT.value).expanduser() if OUT.value else workdir / "rescored.jsonl"
-  summary, equal = rescore(workdir, STEP.value, out)
+  out = pathlib.Path(cli.OUT.value).expanduser() if cli.OUT.value else workdir / "rescored.jsonl"
+  summary, equal = rescore(workdir, cli.STEP.value, out)
   for name, value in summary.items():
     print(f"{name:<26}{value}")
   print(f"Wrote {out}.")
