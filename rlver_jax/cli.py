@@ -14,15 +14,6 @@ WORKDIR = flags.DEFINE_string(
   None,
   "Folder of the run; to train, by default runs/ and the config's and preset's name.",
 )
-# Of the programs that look at what a run left.
-OUT = flags.DEFINE_string(
-  "out",
-  None,
-  "What to write: the directory of an export, or the file of an evaluation (by default in WORKDIR).",
-)
-STEP = flags.DEFINE_integer(
-  "step", None, "Which step: by default the newest checkpoint, or the dialogues of all steps."
-)
 
 
 def run(

@@ -13,6 +13,7 @@ from absl import flags
 
 from rlver_jax import cli
 from rlver_jax.errors import UserError
+from rlver_jax.result_flags import OUT, STEP
 
 MODE = flags.DEFINE_enum("mode", None, ["rescore"], "What to do.")
 
@@ -22,8 +23,8 @@ def main(argv: list[str]) -> int:
   if MODE.value is None or not cli.WORKDIR.value:
     raise UserError("--mode or --workdir is missing, expected --mode=rescore and a run's folder.")
   workdir = pathlib.Path(cli.WORKDIR.value).expanduser()
-  out = pathlib.Path(cli.OUT.value).expanduser() if cli.OUT.value else workdir / "rescored.jsonl"
-  summary, equal = rescore(workdir, cli.STEP.value, out)
+  out = pathlib.Path(OUT.value).expanduser() if OUT.value else workdir / "rescored.jsonl"
+  summary, equal = rescore(workdir, STEP.value, out)
   for name, value in summary.items():
     print(f"{name:<26}{value}")
   print(f"Wrote {out}.")

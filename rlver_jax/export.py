@@ -12,6 +12,7 @@ from absl import flags
 
 from rlver_jax import cli
 from rlver_jax.errors import UserError
+from rlver_jax.result_flags import OUT, STEP
 
 BEST = flags.DEFINE_bool("best", False, "Take the checkpoint with the highest reward.")
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the written tensors.")
@@ -20,12 +21,12 @@ DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the 
 def main(argv: list[str]) -> None:
   del argv
   workdir = cli.WORKDIR.value
-  if not workdir or not cli.OUT.value:
+  if not workdir or not OUT.value:
     raise UserError("--workdir or --out is missing, expected the run's folder and where to write.")
-  if BEST.value and cli.STEP.value is not None:
-    raise UserError(f"--best is given with --step={cli.STEP.value}, expected one of them.")
-  out = pathlib.Path(cli.OUT.value).expanduser()
-  step = export(pathlib.Path(workdir).expanduser(), out, cli.STEP.value, BEST.value, DTYPE.value)
+  if BEST.value and STEP.value is not None:
+    raise UserError(f"--best is given with --step={STEP.value}, expected one of them.")
+  out = pathlib.Path(OUT.value).expanduser()
+  step = export(pathlib.Path(workdir).expanduser(), out, STEP.value, BEST.value, DTYPE.value)
   print(f"Wrote the policy of step {step} to {out}.")
 
 
