@@ -13,11 +13,11 @@ import numpy as np
 import optax
 
 from benchmarks import peer
-from rlver_jax import partitioning
+from configs import grpo
+from rlver_jax import partitioning, trainables
 from rlver_jax.rl.learner import Learner
-from rlver_jax.rl.prepare import Experience, Frozen, LearnerSettings
+from rlver_jax.rl.prepare import Experience, Frozen
 from rlver_jax.rl.rows import Rows
-from rlver_jax.rl.update import LossSettings
 
 
 def main() -> None:
@@ -34,37 +34,17 @@ def main() -> None:
     mask=mask,
     logprobs=np.full(shape, -12, np.float32),
   )
-  loss = LossSettings(
-    policy_loss="clip",
-    temperature=1.0,
-    clip_low=0.2,
-    clip_high=0.2,
-    entropy_coef=0.0,
-    kl_estimator="k3",
-    kl_in_loss=False,
-    value_clip=0.5,
-    logprob_chunk=512,
+  config = grpo.get_config("tiny")
+  config.update_from_flattened_dict(
+    {
+      "algorithm.advantage": "remax",  # with baselines of zero: a row's advantage is its reward
+      "algorithm.entropy_coef": 0.0,
+      "dialogue.scenarios_per_step": args.batch,
+      "training.microbatch": args.batch // args.chunks,
+      "training.logprob_chunk": 512,
+    }
   )
-  settings = LearnerSettings(
-    loss=loss,
-    estimator="remax",  # with baselines of zero: a row's advantage is its reward
-    aggregation="token_mean",
-    aggregation_constant=1.0,
-    whiten=False,
-    gamma=1.0,
-    lam=1.0,
-    kl_in_reward=False,
-    kl_coef=0.0,
-    kl_target=0.0,
-    kl_horizon=1.0,
-    importance_cap=0.0,
-    epochs=1,
-    minibatches=1,
-    microbatch=args.batch // args.chunks,
-    groups=args.batch,
-    max_grad_norm=1.0,
-    critic_warmup_steps=0,
-  )
+  settings = trainables.learner_settings(config)
   learner = Learner(partitioning.make_mesh(1, 1, 1), settings, optax.adamw(1e-6), model)
   state = learner.init(model)
   learner.compile(args.batch, (args.length,), Frozen())

@@ -146,7 +146,7 @@ def make_learner(config: ConfigDict, sources: Sources) -> Learner:
     critic = jax.eval_shape(functools.partial(_critic, config), shapes)
   return Learner(
     sources.mesh,
-    _learner_settings(config),
+    learner_settings(config),
     make_optimizer(config, "policy"),
     abstract_policy(config, sources.policy),
     None if critic is None else make_optimizer(config, "critic"),
@@ -154,7 +154,8 @@ def make_learner(config: ConfigDict, sources: Sources) -> Learner:
   )
 
 
-def _learner_settings(config: ConfigDict) -> LearnerSettings:
+def learner_settings(config: ConfigDict) -> LearnerSettings:
+  """How the configuration wants a step to learn."""
   a, t = config.algorithm, config.training
   loss = LossSettings(
     policy_loss=a.loss,
