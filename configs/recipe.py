@@ -72,7 +72,8 @@ def published(path: str) -> dict:
       "max_message_tokens": 256,  # of a message
       # Tokens that one simulated user's chat may hold, persona included.
       "cache_length": 16384,
-      # Folder with en.txt and zh.txt to use instead of the package's templates.
+      # Folder to use instead of the package's templates: en.txt and zh.txt, and for levels of
+      # difficulty other than vanilla the same in easy/ and challenging/.
       "templates": "",
       # For simulator.kind=openai, which also takes score, appraise, reparse, the sampling and the
       # limits above; there `choice` asks for the integer (with `reparse` more tries), as few

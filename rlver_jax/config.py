@@ -117,8 +117,9 @@ def _validate_remote(config: ConfigDict) -> None:
   except ValueError:
     whole = False
   if not whole:
+    shown = "not a whole address" if re.search(r"[@?#]", address) else f"'{address}'"
     raise UserError(
-      f"{field}.base_url is '{address}', expected an address such as http://localhost:8000/v1."
+      f"{field}.base_url is {shown}, expected an address such as http://localhost:8000/v1."
     )
   if url.username is not None or url.query or url.fragment:
     raise UserError(

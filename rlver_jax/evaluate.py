@@ -41,6 +41,7 @@ def rescore(workdir: pathlib.Path, step: int | None, out: pathlib.Path) -> tuple
   from rlver_jax import config as config_lib
   from rlver_jax import workdir as workdir_lib
   from rlver_jax.dialogue import rescore as rescore_lib
+  from rlver_jax.dialogue.environment import played
   from rlver_jax.sources import open_sources
 
   config = workdir_lib.read_config(workdir)
@@ -55,7 +56,8 @@ def rescore(workdir: pathlib.Path, step: int | None, out: pathlib.Path) -> tuple
   sources = open_sources(config)
   tokenizer = sources.simulator.tokenizer if sources.simulator else None
   scenarios = {scenario.id: scenario for scenario in sources.scenarios}
-  rules, levels = build.build_rules(config), build.build_levels(config)
+  rules, e = build.build_rules(config), config.environment
+  levels = {name: build.build_levels(config)[name] for name in played(e.level, e.weights)}
   recorded = {
     number: rescore_lib.read(path, scenarios, rules, levels, tokenizer)
     for number, path in files.items()

@@ -157,6 +157,7 @@ def _check_positions(name: str, source: ModelSource, cache_length: int) -> None:
 def simulator_settings(config: ConfigDict) -> language_model.SimulatorSettings:
   """How the configuration wants the language-model simulator to answer."""
   s = config.simulator
+  greedy = not s.temperature and s.kind == "language_model"  # it would answer the same again
   return language_model.SimulatorSettings(
-    s.score, s.appraise, s.max_plan_tokens, s.max_message_tokens, s.reparse
+    s.score, s.appraise, s.max_plan_tokens, s.max_message_tokens, 0 if greedy else s.reparse
   )

@@ -60,9 +60,10 @@ def train(
     environment.restore(saved)
     return state
 
+  spent = workdir_lib.read_spent(workdir)
   resumed = checkpoints.latest() is not None
   run = build_lib.build(config, sources, restore if resumed else None)
-  run.simulator.resume(workdir_lib.read_spent(workdir))
+  run.simulator.resume(spent)
   if resumed:
     print(f"Going on after step {first}.")
   writer.truncate(first)
@@ -127,10 +128,10 @@ def train(
       interrupts.check()
   except (Interrupted, Diverged, BudgetSpent):
     save(done, reward)
-    with writing(workdir):
-      workdir_lib.write_spent(workdir, run.simulator.spent())
     raise
   finally:
+    with contextlib.suppress(OSError):  # a disk that is full is reported by what it stopped
+      workdir_lib.write_spent(workdir, run.simulator.spent())
     run.simulator.close()
     checkpoints.close()
     writer.close()

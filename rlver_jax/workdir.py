@@ -94,8 +94,10 @@ def read_spent(path: pathlib.Path) -> dict[str, int]:
     return {}
   try:
     spent = json.loads(file.read_text(encoding="utf-8"))
-    return {name: int(count) for name, count in spent.items()}
-  except (AttributeError, TypeError, ValueError) as error:
+    if not all(type(count) is int and count >= 0 for count in spent.values()):
+      raise ValueError("a value that is no count")
+    return spent
+  except (AttributeError, ValueError) as error:
     raise UserError(
       f"{file} cannot be read ({error}), expected a JSON object of counts as a run writes it."
     ) from error

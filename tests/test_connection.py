@@ -32,6 +32,7 @@ FAULTS = {
   "empty choices": Answer(body=b'{"choices": []}'),
   "null message": Answer(body=b'{"choices": [{"message": null}]}'),
   "no text": Answer(body=b'{"choices": [{"message": {"content": [1]}}]}'),
+  "nested too deep": Answer(body=b"[" * 100_000),
   "half-closed": Answer("what was I saying", HALF),
   "dropped": Answer(status=DROP),
   "slow": Answer("late", delay=30.0),
@@ -132,6 +133,7 @@ def test_retry_after_is_a_number_or_a_date():
     2, 0.5, 0, 0, 0, 0, 0, 0,
   ]  # fmt: skip
   assert parse("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+  assert parse("Wed, 21 Oct 99999999999 07:28:00 GMT") == 0
 
 
 def test_no_more_requests_are_under_way_than_allowed(server, connect):
@@ -162,6 +164,20 @@ def test_answers_without_usage_and_with_odd_text_are_taken(server, connect):
   assert connection.counts["without_usage"] == 1
   server.decide = lambda call: Answer(body=b'{"choices": [{"message": {"content": null}}]}')
   assert ask(connection).text == ""
+  endless = b'{"choices": [{"message": {"content": "a"}}], "usage": {"prompt_tokens": %s}}'
+  server.decide = lambda call: Answer(body=endless % (b"9" * 400))
+  assert ask(connection).text == "a" and connection.counts["prompt_tokens"] == 0
+
+
+def test_a_thought_before_the_text_is_nobodys_to_read(server, connect):
+  connection = connect()
+  for said, read in (
+    ("<think>He wants praise.\nChange: +10</think>\n\nHi", "Hi"),
+    (" <think>It never ends", ""),
+    ("I <think> so", "I <think> so"),
+  ):
+    server.decide = lambda call, said=said: Answer(said)
+    assert ask(connection).text == read
 
 
 def test_nothing_is_sent_once_the_tokens_are_spent(server, connect):

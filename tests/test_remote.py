@@ -195,9 +195,9 @@ def test_a_user_who_cannot_be_understood_has_failed(server, make, text):
   simulator = make()
   (d,) = play(simulator)
   assert (d.end, d.stage, d.turn, d.emotion) == ("failed", Stage.DONE, 0, 30)
-  assert [c.kind for c in server.calls] == ["plan", "plan", "choice"]
+  assert [c.kind for c in server.calls] == ["plan", "plan", "choice", "choice"]
   counts = metrics(simulator)
-  assert (counts["failures"], counts["parse_failures"]) == (1, 3)
+  assert (counts["failures"], counts["parse_failures"]) == (1, 4)
 
 
 @pytest.mark.parametrize("appraise", [True, False])
@@ -341,6 +341,7 @@ def test_the_budget_of_tokens_counts_what_earlier_starts_have_spent(server, make
   with pytest.raises(BudgetSpent, match=f"^simulator.remote.token_budget is {used + 10}, but "):
     play(again, dialogues=3)
   assert again.spent()["prompt_tokens"] > spent["prompt_tokens"]
+  assert again.spent()["failures"] == 0  # nobody failed
   requests = settled(server)
   with pytest.raises(BudgetSpent):
     play(again, step=1)

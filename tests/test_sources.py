@@ -13,7 +13,7 @@ from rlver_jax import partitioning
 from rlver_jax.dialogue.simulators import language_model
 from rlver_jax.errors import UserError
 from rlver_jax.models import source, weights
-from rlver_jax.sources import open_sources
+from rlver_jax.sources import open_sources, simulator_settings
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -298,3 +298,13 @@ def test_a_cache_without_room_for_the_longest_level_is_named():
   open_sources(runs.config(**changes))
   text = refusal(**changes, **{"environment.level": "challenging"})
   assert text.startswith(f"simulator.cache_length is {room} tokens, but the persona of scenario ")
+
+
+def test_a_greedy_user_is_not_asked_again_what_it_would_answer_the_same():
+  for temperature, kind, expected in (
+    (0.7, "language_model", 2),
+    (0.0, "language_model", 0),
+    (0.0, "openai", 2),
+  ):
+    config = runs.config(**{"simulator.temperature": temperature, "simulator.kind": kind})
+    assert simulator_settings(config).reparse == expected

@@ -179,6 +179,8 @@ def test_goodbye(language, text, expected):
   "written, change",
   [
     ("+3", 3),
+    ("**+3**.", 3),
+    ("+3**.", 3),
     ("＋３", 3),
     ("-3", -3),
     ("−3", -3),

@@ -90,7 +90,8 @@ def test_what_a_run_has_spent_is_kept(tmp_path):
   assert not list(tmp_path.iterdir())  # nothing is spent on a simulated user on this machine
   workdir.write_spent(tmp_path, {"prompt_tokens": 3, "failures": 0})
   assert workdir.read_spent(tmp_path) == {"prompt_tokens": 3, "failures": 0}
-  for content in ("{", "[1]", '{"failures": "many"}', '{"failures": null}'):
+  wrong = ('"many"', "null", "-1", "1.5", "Infinity", "true")
+  for content in ("{", "[1]", *(f'{{"failures": {value}}}' for value in wrong)):
     (tmp_path / "spent.json").write_text(content)
     with pytest.raises(UserError, match=r"spent\.json cannot be read"):
       workdir.read_spent(tmp_path)

@@ -71,8 +71,8 @@ def parse_plan(
 
 def parse_change(text: str) -> int | None:
   """The change of emotion: the integer in -10..10 that is all of `text`, or None."""
-  text = unicodedata.normalize("NFKC", text).translate(_MINUS).strip().strip(_MARKUP)
-  match = _INTEGER.fullmatch(text.rstrip(".。 "))
+  text = unicodedata.normalize("NFKC", text).translate(_MINUS).strip()
+  match = _INTEGER.fullmatch(text.strip(_MARKUP).rstrip(_MARKUP + ".。"))
   if not match:
     return None
   value = int(match[1] + match[2])

@@ -1,8 +1,8 @@
 """Plays a batch of dialogues: gathers what they ask for, and hands the answers back.
 
 The loop knows slots and stages only. While some dialogues wait for a user who is far away, the
-others go on. In which order answers arrive, how many dialogues are
-under way at once and which slot one occupies change nothing in what a dialogue says.
+others go on. In which order answers arrive, how many dialogues are under way at once and which
+slot one occupies change nothing in what a dialogue says.
 """
 
 import collections

@@ -3,7 +3,7 @@
 The calls run in an event loop of their own thread, so that they wait on the network while the
 devices work. There is one policy of retries, ours; the client's own is switched off. The key is
 read from the environment and held by the client alone; no error quotes a server's text, which
-might quote the key.
+might quote the key, but for the names of its models.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ import email.utils
 import math
 import os
 import random
+import re
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, NamedTuple, TypeVar
@@ -25,7 +26,9 @@ from rlver_jax.errors import UserError
 
 Message = dict[str, str]
 Result = TypeVar("Result")
+_THOUGHT = re.compile(r"\A\s*<think>.*?(</think>|\Z)", re.DOTALL)
 PASSING = (408, 409, 425, 429)  # statuses worth another try, besides all from 500
+MOST_TOKENS = 2**40  # of one call; a server that says more counts nothing
 CHECK_RETRIES, CHECK_TIMEOUT = 2, 30.0  # most of either before a run starts
 
 
@@ -80,6 +83,10 @@ class CallFailed(Exception):
   def __init__(self, reason: str, status: int | None = None):
     super().__init__(reason)
     self.status = status
+
+
+class OutOfTokens(CallFailed):
+  """The run's budget of tokens is spent; no call of this user's has failed."""
 
 
 def read_key(settings: RemoteSettings) -> str:
@@ -172,7 +179,7 @@ class Connection:
   def _count(self, usage: Any) -> int:
     """Books what the server says that an answer took; returns the completion's tokens."""
     prompt, completion = (
-      max(n, 0) if isinstance(n := getattr(usage, name, None), int) else None
+      n if isinstance(n := getattr(usage, name, None), int) and 0 <= n < MOST_TOKENS else None
       for name in ("prompt_tokens", "completion_tokens")
     )
     self.counts["without_usage"] += prompt is None or completion is None
@@ -186,7 +193,7 @@ class Connection:
     for tried in range(s.retries + 1):
       async with self._room:  # not held while waiting to try again
         if s.token_budget and self.tokens() >= s.token_budget:
-          raise CallFailed("the budget of tokens is spent")
+          raise OutOfTokens("the budget of tokens is spent")
         self.counts["requests"] += 1
         self.counts["retries"] += tried > 0
         try:
@@ -264,15 +271,19 @@ def check(settings: RemoteSettings, sampling: RemoteSampling) -> None:
 
 
 def _text(response: Any) -> str:
-  """The text of a chat completion, "" where the model wrote none; ValueError for anything else."""
+  """The text of a chat completion, "" where the model wrote none; ValueError for anything else.
+
+  A thought before it, which some servers leave in the text, is nobody's to read.
+  """
   try:
     text = response.choices[0].message.content
   except (AttributeError, IndexError, KeyError, TypeError) as error:
     raise ValueError("no chat completion") from error
   if text is not None and not isinstance(text, str):
     raise ValueError("no chat completion")
+  text = _THOUGHT.sub("", text or "")
   # Lone surrogates, which JSON can spell, would fail wherever the text is written.
-  return (text or "").encode("utf-8", "replace").decode("utf-8").strip()
+  return text.encode("utf-8", "replace").decode("utf-8").strip()
 
 
 def _fault(error: Exception, timeout: float) -> Fault:
@@ -285,7 +296,8 @@ def _fault(error: Exception, timeout: float) -> Fault:
       return Fault(f"no answer within {timeout:g} s", None, True)
     case openai.APIConnectionError():
       return Fault("no connection", None, True)
-    case openai.APIResponseValidationError() | ValueError():  # of JSON, pydantic or `_text`
+    # Of JSON, pydantic or `_text`.
+    case openai.APIResponseValidationError() | ValueError() | RecursionError():
       return Fault("an answer that cannot be read", 200, True)
   raise error
 
@@ -298,6 +310,6 @@ def _retry_after(value: str | None) -> float:
     try:
       date = email.utils.parsedate_to_datetime(value)
       seconds = (date - datetime.datetime.now(datetime.UTC)).total_seconds()
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
       return 0.0
   return max(seconds, 0.0) if math.isfinite(seconds) else 0.0

@@ -32,6 +32,7 @@ from rlver_jax.dialogue.simulators.connection import (
   Completion,
   Connection,
   Message,
+  OutOfTokens,
   RemoteSampling,
   RemoteSettings,
 )
@@ -107,7 +108,7 @@ class RemoteSimulator(Simulator):
     self._chats: dict[int, _Chat] = {}
     self._asked: set[int] = set()
     self._ready: queue.SimpleQueue = queue.SimpleQueue()
-    self._last_failure = ""
+    self._last_failure = "a fault before this start"
     self._taken: collections.Counter[str] = collections.Counter()
 
   def start(self, step: int) -> None:
@@ -205,6 +206,8 @@ class RemoteSimulator(Simulator):
           answer = await self._appraise(chat)
         case Stage.MESSAGE:
           answer = await self._speak(chat)
+    except OutOfTokens:
+      return  # `poll` raises BudgetSpent, as spent tokens never become fewer
     except CallFailed as failure:
       counts["failures"] += 1
       self._last_failure = str(failure)
@@ -240,12 +243,12 @@ class RemoteSimulator(Simulator):
           return Plan(change, retries=attempt, tokens=tokens, **plan_fields(fields))
         self._connection.counts["parse_failures"] += reads
       chat.scratch.append(_user(self._render(chat, "choice")))
-    for attempt in range(1 if reads else s.reparse + 1):
+    for attempt in range(s.reparse + 1):
       done = await self._call(chat, chat.scratch, CHOICE_CALL, CHOICE_TOKENS, attempt)
       tokens += done.tokens
       if (change := parse_change(done.text)) is not None:
         chat.scratch.append(_assistant(str(change)))
-        retries = s.reparse if reads else attempt
+        retries = attempt + (s.reparse if reads else 0)
         return Plan(change, parsed=not reads, retries=retries, tokens=tokens, **plan_fields(fields))
       self._connection.counts["parse_failures"] += 1
     raise CallFailed("no answer that holds a change of emotion")
