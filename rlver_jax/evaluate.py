@@ -57,7 +57,8 @@ def rescore(workdir: pathlib.Path, step: int | None, out: pathlib.Path) -> tuple
   tokenizer = sources.simulator.tokenizer if sources.simulator else None
   scenarios = {scenario.id: scenario for scenario in sources.scenarios}
   rules, e = build.build_rules(config), config.environment
-  levels = {name: build.build_levels(config)[name] for name in played(e.level, e.weights)}
+  every_level = build.build_levels(config)
+  levels = {name: every_level[name] for name in played(e.level, e.weights)}
   recorded = {
     number: rescore_lib.read(path, scenarios, rules, levels, tokenizer)
     for number, path in files.items()

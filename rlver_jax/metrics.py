@@ -31,6 +31,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlver_jax import files
 from rlver_jax.dialogue import emotion as emotion_lib
 from rlver_jax.dialogue.dialogue import Dialogue
 from rlver_jax.errors import UserError
@@ -123,13 +124,8 @@ def _lines(path: pathlib.Path) -> list[str]:
 
 
 def _replace(path: pathlib.Path, text: str) -> None:
-  """Puts `text` in place of the file in one step."""
-  temporary = path.with_name(f".{path.name}.tmp")
-  with temporary.open("w", encoding="utf-8") as file:
+  with files.replacing(path) as file:
     file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:

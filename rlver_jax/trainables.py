@@ -91,7 +91,7 @@ def fresh(config: ConfigDict, sources: Sources, frozen: Frozen) -> tuple[Any, Cr
     return model_source.load_model(source, mesh, config.seed + number)
 
   # The critic first: where its weights are read from a file, most of them are dropped again.
-  critic, model = None, None
+  critic = None
   if sources.critic is not None and config.lora.critic_rank:
     critic = make(_critic, frozen.critic_base)
   elif sources.critic is not None and (config.critic.path or frozen.base is not None):

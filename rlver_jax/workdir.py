@@ -18,6 +18,7 @@ import jax
 from ml_collections import ConfigDict
 
 from rlver_jax import config as config_lib
+from rlver_jax import files
 from rlver_jax.errors import UserError
 
 SPENT_FILE = "spent.json"
@@ -111,9 +112,5 @@ def write_spent(path: pathlib.Path, spent: dict[str, int]) -> None:
 
 def write_json(file: pathlib.Path, value: Any) -> None:
   """Writes a JSON file, all or nothing."""
-  temporary = file.with_name(f".{file.name}.tmp")
-  with open(temporary, "w", encoding="utf-8") as out:
+  with files.replacing(file) as out:
     json.dump(value, out, indent=1, ensure_ascii=False, sort_keys=True)
-    out.flush()
-    os.fsync(out.fileno())
-  os.replace(temporary, file)

@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rlver_jax import files
 from rlver_jax.dialogue import emotion as emotion_lib
 from rlver_jax.dialogue.dialogue import Dialogue, Plan, PolicyReply, UserMessage
 
@@ -102,10 +103,6 @@ def write_lines(path: str | os.PathLike, values: Iterable[dict[str, Any]]) -> No
   """Writes JSON objects to a file, one a line, all or nothing."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.tmp")
-  with open(temporary, "w", encoding="utf-8") as file:
+  with files.replacing(path) as file:
     for value in values:
       file.write(json.dumps(value, ensure_ascii=False) + "\n")
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)

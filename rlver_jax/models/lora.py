@@ -7,7 +7,7 @@ update holds beside one copy of the frozen weights, which policy and critic may 
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,21 +32,31 @@ class Adapter:
 
   def __call__(self, equation: str, x: jax.Array) -> jax.Array:
     """What the adapter adds to the map `equation` (see `LINEAR`) of `x`."""
-    inputs, outputs, from_axes, to_axes = _axes(equation)
+    a = _axes(equation)
     down, up = (p[...].astype(x.dtype) for p in (self.down, self.up))
-    reduced = jnp.einsum(f"{from_axes},{inputs}r->btr", x, down)
-    return self.scale * jnp.einsum(f"btr,r{outputs}->{to_axes}", reduced, up)
+    reduced = jnp.einsum(f"{a.argument},{a.inputs}r->btr", x, down)
+    return self.scale * jnp.einsum(f"btr,r{a.outputs}->{a.result}", reduced, up)
 
 
 Adapters = dict[str, Adapter]  # by the name of the map
 
 
-def _axes(equation: str) -> tuple[str, str, str, str]:
-  """Letters of a weight's inputs and outputs, and of the map's argument and result."""
+class _Axes(NamedTuple):
+  """Letters of a map's argument, weight and result, and of the weight's inputs and outputs."""
+
+  argument: str
+  weight: str
+  result: str
+  inputs: str
+  outputs: str
+
+
+def _axes(equation: str) -> _Axes:
   arguments, result = equation.split("->")
   argument, weight = arguments.split(",")
   inputs = "".join(a for a in weight if a in argument)
-  return inputs, "".join(a for a in weight if a not in argument), argument, result
+  outputs = "".join(a for a in weight if a not in argument)
+  return _Axes(argument, weight, result, inputs, outputs)
 
 
 def create(
@@ -57,10 +67,10 @@ def create(
 
   def adapter(name: str, key: jax.Array) -> Adapter:
     weight = getattr(base.layers, name)
-    inputs, outputs, *_ = _axes(LINEAR[name])
-    letters = LINEAR[name].split(",")[1].split("->")[0]
-    sizes = dict(zip(letters, weight.get_value().shape[1:], strict=True))
-    axes = dict(zip(letters, weight.get_metadata("axes"), strict=True))
+    letters = _axes(LINEAR[name])
+    inputs, outputs = letters.inputs, letters.outputs
+    sizes = dict(zip(letters.weight, weight.get_value().shape[1:], strict=True))
+    axes = dict(zip(letters.weight, weight.get_metadata("axes"), strict=True))
     down_shape = (layers, *(sizes[a] for a in inputs), rank)
     fan_in = jnp.prod(jnp.array(down_shape[1:-1]))
     down = jax.random.normal(key, down_shape, jnp.float32) * fan_in**-0.5
@@ -105,10 +115,9 @@ def merge(adapted: Adapted) -> Qwen2:
   merged = jax.tree.map(lambda x: x, adapted.base)
   for name, adapter in adapted.adapters.items():
     weight = getattr(merged.layers, name)
-    inputs, outputs, *_ = _axes(LINEAR[name])
-    letters = LINEAR[name].split(",")[1].split("->")[0]
+    a = _axes(LINEAR[name])
     change = jnp.einsum(
-      f"l{inputs}r,lr{outputs}->l{letters}",
+      f"l{a.inputs}r,lr{a.outputs}->l{a.weight}",
       adapter.down[...],
       adapter.up[...],
       precision="highest",

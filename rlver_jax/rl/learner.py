@@ -102,34 +102,33 @@ class Learner:
     """
     s = self.settings
     batch, kl_coef, metrics = self.prepare(state, frozen, experience, step=step, seed=seed)
-    found: list[dict[str, jax.Array]] = []
+    found: dict[str, list[dict[str, jax.Array]]] = {"critic": [], "update": []}
     passes = [i for _ in range(s.epochs) for i in range(s.minibatches)]
     if state.critic is not None:
       below = below_critic(state.policy.model, frozen)
       for i in passes:
         critic, values = self._run("critic", state.critic, below, batch, np.int32(i))
         state = state._replace(critic=critic)
-        found.append(_prefixed("critic", values))
+        found["critic"].append(values)
     if state.critic is None or step >= s.critic_warmup_steps:
       for i in passes:
         arguments = (state.policy, frozen.base, batch, state.kl_coef, np.int32(i))
         policy, values = self._run("policy", *arguments)
         state = state._replace(policy=policy)
-        found.append(_prefixed("update", values))
+        found["update"].append(values)
       state = state._replace(kl_coef=kl_coef)
-    metrics, *found = jax.device_get([metrics, *found])
+    metrics, found = jax.device_get((metrics, found))
     out = {name: float(value) for name, value in metrics.items()}
     skipped = 0.0
-    for group in ("critic", "update"):
-      own = [values for values in found if f"{group}/loss" in values]
-      tokens = np.array([values.pop(f"{group}/tokens") for values in own], np.float64)
+    for group, own in found.items():
+      tokens = np.array([values.pop("tokens") for values in own], np.float64)
       shares = tokens / tokens.sum() if tokens.any() else np.ones(len(own)) / max(1, len(own))
       # Minibatches without a token say nothing (nor do their NaNs).
       parts = [(share, values) for share, values in zip(shares, own, strict=True) if share]
       for name in parts[0][1] if parts else ():
-        out[name] = float(sum(share * values[name] for share, values in parts))
-        if name.endswith("/skipped"):
-          skipped = max(skipped, *(float(values[name]) for _, values in parts))
+        mean = float(sum(share * values[name] for share, values in parts))
+        out[name if "/" in name else f"{group}/{name}"] = mean
+      skipped = max([skipped, *(float(values["skipped"]) for _, values in parts)])
     return state, out | {"update/skipped": skipped}
 
   def prepare(
@@ -204,10 +203,6 @@ class Learner:
       for name, arguments in calls.items():
         self._compiled[name, length] = self._lower(name, *arguments).compile()
     return len(self._compiled)
-
-
-def _prefixed(group: str, values: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  return {name if "/" in name else f"{group}/{name}": value for name, value in values.items()}
 
 
 def _policy_step(state: TrainState, base, batch: Batch, kl_coef, index, *, settings, optimizer):

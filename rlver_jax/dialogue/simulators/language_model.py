@@ -22,7 +22,7 @@ from rlver_jax.dialogue.dialogue import (
 )
 from rlver_jax.dialogue.scenario import Scenario
 from rlver_jax.dialogue.simulators.base import Simulator
-from rlver_jax.dialogue.templates import Templates
+from rlver_jax.dialogue.templates import PLAN_FIELDS, Templates
 from rlver_jax.errors import UserError
 from rlver_jax.sampling import programs
 from rlver_jax.sampling.engine import Engine
@@ -158,7 +158,7 @@ class LanguageModelSimulator(Simulator):
           self._score(slot, chat.scratch)
       case Stage.MESSAGE:
         plan = dialogue.last_plan
-        fields = {f: getattr(plan, f) for f in ("content", "completion", "activity", "feeling")}
+        fields = {f: getattr(plan, f) for f in PLAN_FIELDS}
         question = self._render(chat, "message", change=f"{plan.change:+d}", **fields)
         chat.scratch += [*self._wrap.user(question), *self._wrap.assistant_start]
         self._generate(slot, chat.scratch, MESSAGE_CALL, self.settings.max_message_tokens)
@@ -259,7 +259,7 @@ class LanguageModelSimulator(Simulator):
       return None
     chat.scratch += [*own, *self._wrap.assistant_end]
     if reads and change is not None:
-      return Plan(change, retries=chat.retries, tokens=chat.tokens, **plan_fields(fields))
+      return Plan(change, retries=chat.retries, tokens=chat.tokens, **fields)
     question = self._wrap.user(self._render(chat, "choice"))
     chat.scratch += [*question, *self._wrap.assistant_start]
     self._score(slot, chat.scratch)
@@ -270,11 +270,4 @@ class LanguageModelSimulator(Simulator):
     chat.scratch += [*self._tokenizer.encode(str(change)), *self._wrap.assistant_end]
     fields, _ = self._template(chat.dialogue).parse_plan(chat.appraisal)
     parsed = self.settings.score == "choice"
-    return Plan(
-      change, parsed=parsed, retries=chat.retries, tokens=chat.tokens, **plan_fields(fields)
-    )
-
-
-def plan_fields(fields: dict[str, str]) -> dict[str, str]:
-  """The fields of a `Plan` that `Templates.parse_plan` found, "" for the others."""
-  return {name: fields.get(name, "") for name in ("content", "completion", "activity", "feeling")}
+    return Plan(change, parsed=parsed, retries=chat.retries, tokens=chat.tokens, **fields)

@@ -36,7 +36,7 @@ from rlver_jax.dialogue.simulators.connection import (
   RemoteSampling,
   RemoteSettings,
 )
-from rlver_jax.dialogue.simulators.language_model import SILENCE, SimulatorSettings, plan_fields
+from rlver_jax.dialogue.simulators.language_model import SILENCE, SimulatorSettings
 from rlver_jax.dialogue.templates import Templates
 from rlver_jax.errors import BudgetSpent, UserError
 
@@ -240,7 +240,7 @@ class RemoteSimulator(Simulator):
         fields, change = self._template(chat.dialogue).parse_plan(done.text, done.cut)
         chat.scratch = [question, _assistant(done.text or SILENCE)]
         if reads and change is not None:
-          return Plan(change, retries=attempt, tokens=tokens, **plan_fields(fields))
+          return Plan(change, retries=attempt, tokens=tokens, **fields)
         self._connection.counts["parse_failures"] += reads
       chat.scratch.append(_user(self._render(chat, "choice")))
     for attempt in range(s.reparse + 1):
@@ -249,7 +249,7 @@ class RemoteSimulator(Simulator):
       if (change := parse_change(done.text)) is not None:
         chat.scratch.append(_assistant(str(change)))
         retries = attempt + (s.reparse if reads else 0)
-        return Plan(change, parsed=not reads, retries=retries, tokens=tokens, **plan_fields(fields))
+        return Plan(change, parsed=not reads, retries=retries, tokens=tokens, **fields)
       self._connection.counts["parse_failures"] += 1
     raise CallFailed("no answer that holds a change of emotion")
 
