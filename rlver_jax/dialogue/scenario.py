@@ -20,7 +20,7 @@ from rlver_jax.permutation import permutation
 
 EMOTIONAL = ("listen", "empathy", "praise", "agree")
 RATIONAL = ("advice", "reflect", "balance", "motives")
-PACKAGE_FILES = ("en", "zh")
+PACKAGE_FILES = ("en", "zh", "tiny", "tiny-held-out")
 
 # What tells the eight hidden intentions apart in the text of a task.
 _INTENTION_PATTERNS = {
@@ -94,7 +94,7 @@ def read(path: pathlib.Path) -> tuple[list[Scenario], str]:
   try:
     content = pathlib.Path(path).read_bytes()
   except OSError as error:
-    names = " or ".join(repr(name) for name in PACKAGE_FILES)
+    names = ", ".join(repr(name) for name in PACKAGE_FILES)
     raise UserError(
       f"{path}: cannot be read ({error.strerror}), expected a file of JSON lines, or {names} "
       "for the package's own scenarios."

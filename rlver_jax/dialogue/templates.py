@@ -40,6 +40,8 @@ SECTIONS = {  # section -> the placeholders that it must have, and no others
 }
 # Those that a level may have of its own: the simulated user's, but for what reads it back.
 LEVEL_SECTIONS = {n: SECTIONS[n] for n in ("system", "opening", "plan", "choice", "message")}
+# The package's own prompts, and those of its embedded models.
+PACKAGE_FOLDERS = {"": "dialogue/prompts", "tiny": "assets/embedded/prompts"}
 
 _HEADER = re.compile(r"===\s*(\S+)\s*===\s*")
 
@@ -102,7 +104,7 @@ class Templates:
 
 
 def load(language: str, folder: str = "", levels: Sequence[str] = ()) -> Templates:
-  """Reads FOLDER/{language}.txt, or the package's own file where `folder` is "".
+  """Reads FOLDER/{language}.txt, or a file of the package where `folder` is one of PACKAGE_FOLDERS.
 
   levels: names of levels whose FOLDER/{level}/{language}.txt is read too.
 
@@ -110,8 +112,9 @@ def load(language: str, folder: str = "", levels: Sequence[str] = ()) -> Templat
     UserError: a file or a section is missing, a section is unknown or comes twice, a
       placeholder is unknown or missing, a label is missing, or there is no goodbye phrase.
   """
-  package = importlib.resources.files("rlver_jax.dialogue") / "prompts"
-  root = pathlib.Path(folder) if folder else package
+  package = importlib.resources.files("rlver_jax")
+  own = PACKAGE_FOLDERS.get(folder)
+  root = pathlib.Path(folder) if own is None else pathlib.Path(str(package / own))
   path = root / f"{language}.txt"
   sections, first_line = _read(path, SECTIONS)
   if absent := [name for name in SECTIONS if name not in sections]:
@@ -124,8 +127,8 @@ def load(language: str, folder: str = "", levels: Sequence[str] = ()) -> Templat
     raise UserError(f"{path} has no phrase in section 'goodbye', expected at least one")
   templates = Templates(language, sections, labels, goodbye)
   others = [level for level in levels if level != VANILLA.name]
-  own = {level: _load_level(templates, root / level / f"{language}.txt") for level in others}
-  return dataclasses.replace(templates, levels=own)
+  of_levels = {level: _load_level(templates, root / level / f"{language}.txt") for level in others}
+  return dataclasses.replace(templates, levels=of_levels)
 
 
 def _load_level(templates: Templates, path) -> Templates:

@@ -1,0 +1,76 @@
+"""Dialogues of the embedded world: the scripted helper talks with the scripted user.
+
+Each is played by the same state machine as any dialogue of a run and is kept in the same format
+(`dialogue/records.py`), so that `sft.py` reads them like recorded dialogues of any other origin.
+"""
+
+import dataclasses
+import pathlib
+import random
+import re
+
+from rlver_jax.dialogue import records, templates
+from rlver_jax.dialogue.dialogue import Dialogue, PolicyReply, Rules, Stage
+from rlver_jax.dialogue.simulators.scripted import ScriptedSimulator
+from rlver_jax.embedded import helper
+from rlver_jax.embedded.helper import Habits
+from rlver_jax.embedded.scenarios import generator, scenario
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a set of dialogues is like.
+
+  split: of the scenarios; thinking: share of dialogues whose helper thinks before it speaks;
+  emotions: the lowest and the highest at the start; turns: the fewest and the most; unopened:
+  share of dialogues in which the user words the opening itself (else the scenario has it).
+  """
+
+  split: str
+  habits: Habits
+  thinking: float
+  emotions: tuple[int, int] = (30, 30)
+  turns: tuple[int, int] = (8, 8)
+  unopened: float = 0.0
+
+
+def play(plan: Plan, number: int, seed: int) -> Dialogue:
+  """Dialogue `number` of a set, on the scenario of that number, a function of its arguments."""
+  rng = generator("dialogue", seed, plan.split, number)
+  opened = rng.random() >= plan.unopened
+  rules = Rules(_between(rng, plan.emotions), _between(rng, plan.turns))
+  thinks = rng.random() < plan.thinking
+  dialogue = Dialogue(number, number, scenario(plan.split, number, seed, opened), rules)
+  user = ScriptedSimulator({"en": templates.load("en")}, seed)
+  while dialogue.stage is not Stage.DONE:
+    if dialogue.stage is Stage.POLICY:
+      dialogue.advance(_reply(plan, dialogue, thinks, rng))
+    else:
+      user.submit(0, dialogue)
+      dialogue.advance(user.poll()[0])
+  return dialogue
+
+
+def _reply(plan: Plan, dialogue: Dialogue, thinks: bool, rng: random.Random) -> PolicyReply:
+  told = [d for message in reversed(dialogue.user_messages) for d in details_in(message)]
+  # What was said last is the nearest at hand.
+  near = told[:1] * 3 + told[1:] or ["it"]
+  earlier = [turn.reply.text for turn in dialogue.turns]
+  made = helper.reply(plan.habits, dialogue.scenario.intention, near, earlier, plan.split, rng)
+  return PolicyReply(made.text, made.thought if thinks else None, True, True, 0)
+
+
+def details_in(message: str) -> list[str]:
+  """The details that a message of the user names, such as "the red ladder"."""
+  found = re.findall(r"\b[Tt]he [a-z]+ [a-z]+\b", message)
+  return [f"the {d[4:]}" for d in found]
+
+
+def _between(rng: random.Random, bounds: tuple[int, int]) -> int:
+  low, high = bounds
+  return low + int(rng.random() * (high - low + 1))
+
+
+def write(path: pathlib.Path, plan: Plan, count: int, seed: int) -> None:
+  """Writes the first `count` dialogues of a set as records, all or nothing."""
+  records.write(path, [play(plan, number, seed) for number in range(count)])

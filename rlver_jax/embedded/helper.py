@@ -1,0 +1,143 @@
+"""The scripted helper: replies that do one thing each, well or badly, and the thoughts before them.
+
+It is what the tiny policy is warm-started from and whose replies the tiny simulated user has
+seen. What a reply is called here is its author's purpose; what it is worth is decided by the
+scripted user's appraisal alone.
+"""
+
+import dataclasses
+import random
+
+from rlver_jax.dialogue.simulators.appraisal import NEEDS
+from rlver_jax.embedded.scenarios import INTENTIONS, detail, pick, words
+
+GOOD = tuple(NEEDS.values())
+POOR = ("dismissive", "generic", "lecture", "off_topic", "long", "repeated")
+
+
+@dataclasses.dataclass(frozen=True)
+class Habits:
+  """How a helper chooses; shares in 0..1.
+
+  matched: of replies that do what the user needs; poor: of those of `POOR`; the rest does one of
+  the other good things. long, repeated: shares of the poor ones, the other four are alike.
+  tied: of good replies that take up a detail of the user's; foreign: that bring in one that the
+  user never told; the rest stays vague. second: of replies with a second sentence; kind: of those
+  whose second sentence is kind in general. mixed: of good replies that do two things.
+  """
+
+  matched: float
+  poor: float
+  long: float = 0.06
+  repeated: float = 0.1
+  tied: float = 0.8
+  foreign: float = 0.05
+  second: float = 0.7
+  kind: float = 0.35
+  mixed: float = 0.08
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+  """purpose: one of GOOD or POOR; thought: what a think-then-say helper thinks before it."""
+
+  text: str
+  purpose: str
+  thought: str
+
+
+def reply(
+  habits: Habits,
+  intention: str,
+  told: list[str],
+  earlier: list[str],
+  split: str,
+  rng: random.Random,
+) -> Reply:
+  """The helper's next reply to a user of this hidden intention.
+
+  told: details that the user has mentioned, at least one; earlier: the helper's replies so far;
+  split: where details come from that the user has not told.
+  """
+  purpose = _purpose(habits, intention, rng, may_repeat=bool(earlier))
+  if purpose == "repeated":
+    text = pick(rng, earlier)
+  elif purpose == "long":
+    text = _rambling(told, rng)
+  elif purpose in POOR:
+    text = _poor(habits, purpose, told, split, rng)
+  else:
+    text = _good(habits, purpose, told, earlier, split, rng)
+  return Reply(text, purpose, _thought(purpose, rng))
+
+
+def _purpose(habits: Habits, intention: str, rng: random.Random, may_repeat: bool) -> str:
+  need, draw = NEEDS[intention], rng.random()
+  if draw < habits.matched:
+    return need
+  if draw < habits.matched + habits.poor:
+    draw = rng.random()
+    if draw < habits.long:
+      return "long"
+    if draw < habits.long + habits.repeated and may_repeat:
+      return "repeated"
+    return pick(rng, ("dismissive", "generic", "lecture", "off_topic"))
+  return pick(rng, [name for name in GOOD if name != need])
+
+
+def _thought(purpose: str, rng: random.Random) -> str:
+  """What the reply answers to (anything, for a poor one), and what it is going to do."""
+  by_need = {need: intention for intention, need in NEEDS.items()}
+  felt = by_need.get(purpose) or pick(rng, INTENTIONS)
+  return f"{pick(rng, words()['need'][felt])} {words()['intent'][purpose]}"
+
+
+def _good(habits: Habits, purpose: str, told, earlier, split, rng) -> str:
+  tables, draw = words()["good"], rng.random()
+  if draw < habits.tied:
+    x = pick(rng, told)
+  elif draw < habits.tied + habits.foreign:
+    x = detail(split, rng)
+  else:
+    x = pick(rng, ("it", "that", "all this"))
+  sentences = [_fresh(tables[purpose]["first"], earlier, rng).format(x=x)]
+  if rng.random() < habits.mixed:
+    other = pick(rng, [name for name in GOOD if name != purpose])
+    sentences.append(pick(rng, tables[other]["first"]).format(x=pick(rng, told)))
+    if rng.random() < 0.5:
+      sentences.reverse()
+  elif rng.random() < habits.second:
+    kind = rng.random() < habits.kind
+    table = words()["kind"]["lines"] if kind else tables[purpose]["then"]
+    sentences.append(_fresh(table, earlier, rng))
+  return " ".join(s[0].upper() + s[1:] for s in sentences)
+
+
+def _fresh(templates: list[str], earlier: list[str], rng: random.Random) -> str:
+  """A template that no earlier reply was made from, if there is one left."""
+
+  def used(template: str) -> bool:
+    pieces = [piece.casefold() for piece in template.split("{x}")]
+    return any(all(piece in text.casefold() for piece in pieces) for text in earlier)
+
+  return pick(rng, [t for t in templates if not used(t)] or templates)
+
+
+def _poor(habits: Habits, purpose: str, told, split, rng) -> str:
+  lines, count = words()["poor"][purpose], 1 + (rng.random() < habits.second)
+  if purpose == "generic":
+    count += 1
+  chosen: list[str] = []
+  while len(chosen) < count:
+    if (line := pick(rng, lines)) not in chosen:
+      chosen.append(line)
+  return " ".join(line.format(x=pick(rng, told), z=detail(split, rng)) for line in chosen)
+
+
+def _rambling(told, rng) -> str:
+  """Everything at once, longer than anyone reads."""
+  sentences: list[str] = []
+  while sum(len(s.split()) for s in sentences) < 160:
+    table = words()["good"][pick(rng, GOOD)]
+    sentences.append(pick(rng, table["first"] + table["then"]).format(x=pick(rng, told)))
+  return " ".join(sentences)

@@ -1,0 +1,129 @@
+"""Scenarios of the embedded world: short stories without number, from the package's own.
+
+A scenario takes name, occupation, traits and task from one of the package's English scenarios,
+and tells three events around three details ("the red ladder") put together from word lists
+(`assets/embedded/world.toml`). The hidden intention has nothing to do with the story: only the
+user's wording gives it away. Training and held-out scenarios are made from different package
+scenarios and different words; they share no text beyond templates.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.resources
+import json
+import random
+import re
+import tomllib
+from collections.abc import Sequence
+from typing import Any
+
+from rlver_jax.dialogue import scenario as scenario_lib
+from rlver_jax.dialogue.dialogue import Dialogue, Rules
+from rlver_jax.dialogue.scenario import Scenario
+from rlver_jax.dialogue.simulators.scripted import ScriptedSimulator
+
+SPLITS = ("train", "held_out")
+INTENTIONS = (*scenario_lib.EMOTIONAL, *scenario_lib.RATIONAL)
+CHARACTERS = ("negative", "passive", "avoidant")
+DETAILS = 3  # of a story
+_HELD_OUT_FROM = 7  # of the eight package scenarios of an intention, the 7th and 8th
+
+
+@functools.cache
+def words() -> dict[str, Any]:
+  """The tables of world.toml."""
+  file = importlib.resources.files("rlver_jax") / "assets" / "embedded" / "world.toml"
+  return tomllib.loads(file.read_text(encoding="utf-8"))
+
+
+def generator(*what) -> random.Random:
+  """Random numbers that are a function of what they are for, on any machine."""
+  digest = hashlib.blake2b(repr(what).encode(), digest_size=8).digest()
+  return random.Random(int.from_bytes(digest, "big"))
+
+
+def pick(rng: random.Random, values: Sequence[Any]) -> Any:
+  """One of the values; only `random()` is drawn, whose numbers no version of Python changes."""
+  return values[int(rng.random() * len(values))]
+
+
+@functools.cache
+def package_scenarios(split: str) -> tuple[Scenario, ...]:
+  """The package's English scenarios that the split is made from."""
+  scenarios, _ = scenario_lib.read(scenario_lib.resolve("en"))
+  held_out = split == "held_out"
+  return tuple(s for s in scenarios if (int(s.id[-2:]) >= _HELD_OUT_FROM) == held_out)
+
+
+@functools.cache
+def _lists(split: str) -> tuple[list[str], list[str]]:
+  prefix = "held_out_" if split == "held_out" else ""
+  return words()[f"{prefix}adjectives"].split(), words()[f"{prefix}nouns"].split()
+
+
+def detail(split: str, rng: random.Random) -> str:
+  """A detail such as "the red ladder"."""
+  adjectives, nouns = _lists(split)
+  return f"the {pick(rng, adjectives)} {pick(rng, nouns)}"
+
+
+def scenario(split: str, number: int, seed: int, opened: bool = True) -> Scenario:
+  """Scenario `number` of a split; the intentions take turns. `opened`: with a first message."""
+  rng = generator("scenario", seed, split, number)
+  intention = INTENTIONS[number % len(INTENTIONS)]
+  origin = pick(rng, [s for s in package_scenarios(split) if s.intention == intention])
+  teller = pick(rng, package_scenarios(split))
+  name, occupation = (_entry(teller.persona, key) for key in ("Name", "Occupation"))
+  details: list[str] = []
+  while len(details) < DETAILS:
+    another = detail(split, rng)
+    if not set(another.split()[1:]) & {w for d in details for w in d.split()}:
+      details.append(another)
+  who = pick(rng, words()["people"])
+  fields = {"name": name, "Who": who[0].upper() + who[1:]} | dict(zip("abc", details, strict=True))
+  lines = [pick(rng, table["lines"]).format(**fields) for table in words()["stories"]]
+  made = Scenario(
+    id=f"{split.replace('_', '-')}-{number:05d}",
+    persona=f"* Name: {name}\n* Occupation: {occupation}",
+    background=" ".join(line[0].upper() + line[1:] for line in lines),
+    character=pick(rng, CHARACTERS),
+    traits=(pick(rng, teller.traits),),
+    task=origin.task,
+    topic=details[0],
+  )
+  return dataclasses.replace(made, first_message=_opening(made, number, seed)) if opened else made
+
+
+def _entry(persona: str, key: str) -> str:
+  """An entry of a persona in short: what stands before a comma or a preposition."""
+  value = re.search(rf"{key}: ([^\n,;(]+)", persona)[1]
+  return re.split(r" (?:in|at|on|of|for|with|and|who|to|from) ", f"{value} ")[0].strip()
+
+
+def _opening(made: Scenario, number: int, seed: int) -> str:
+  """What the scripted user would begin with."""
+  from rlver_jax.dialogue import templates
+
+  user = ScriptedSimulator({"en": templates.load("en")}, seed)
+  return user.opening(Dialogue(number, 0, made, Rules())).text
+
+
+def as_record(made: Scenario) -> dict[str, Any]:
+  """The scenario in the published format."""
+  return {
+    "id": made.id,
+    "player": made.persona,
+    "scene": made.background,
+    "main_cha": made.character,
+    "cha_group": list(made.traits),
+    "task": made.task,
+    "topic": made.topic,
+    "first_talk": made.first_message,
+  }
+
+
+def as_lines(split: str, count: int, seed: int) -> str:
+  """The first `count` scenarios of a split as JSON lines."""
+  records = (as_record(scenario(split, number, seed)) for number in range(count))
+  return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
