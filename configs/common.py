@@ -13,11 +13,16 @@ MODELS = {
 }
 
 
-def base(preset: str) -> ConfigDict:
-  """Every field with the preset's values; what an algorithm sets otherwise is in its own file."""
+def model(preset: str) -> str:
+  """The path of a preset's model; ValueError where there is no such preset."""
   if preset not in MODELS:
     raise ValueError(f"preset is '{preset}', expected one of: {', '.join(MODELS)}.")
-  config = ConfigDict(recipe.published(MODELS[preset]))
+  return MODELS[preset]
+
+
+def base(preset: str) -> ConfigDict:
+  """Every field with the preset's values; what an algorithm sets otherwise is in its own file."""
+  config = ConfigDict(recipe.published(model(preset)))
   if preset == "tiny":
     _tiny(config)
   elif preset != "qwen2.5-7b":

@@ -5,6 +5,8 @@
 def published(path: str) -> dict:
   """The recipe with this model as policy and as simulated user."""
   return {
+    # rl: dialogues with a simulated user; sft, of configs/sft.py, is supervised training.
+    "task": "rl",
     # Determines every random number of a run, with step, dialogue and turn.
     "seed": 0,
     # Rollout-and-update steps of the run.

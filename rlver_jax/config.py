@@ -9,13 +9,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import grpo
+from configs import grpo, sft
 from rlver_jax.dialogue import environment as environment_lib
 from rlver_jax.dialogue import levels as levels_lib
 from rlver_jax.errors import UserError
-from rlver_jax.fields import AT_LEAST, BETWEEN, CHOICES, FRACTIONS, NUMBERS, POSITIVE, SHARES
+from rlver_jax.fields import OF_TASK, Checks
 from rlver_jax.models.lora import TARGETS
 from rlver_jax.rl.advantages import ESTIMATORS
+from rlver_jax.supervised.chats import ROLES
 
 # Fields that a run in the same workdir may change: they say how long it goes on and what it
 # keeps, not what a step computes (`steps` also sets the length of warm-up and of a cosine). Where
@@ -24,8 +25,12 @@ REMOTE = "base_url api_key_env concurrency timeout retries first_wait max_wait"
 REMOTE += " token_budget failure_budget"
 FREE = (
   *("steps", "checkpoint", "log", "compilation_cache", "data.cache_dir"),
+  *("data.held_out", "evaluation"),
   *(f"simulator.remote.{name}" for name in REMOTE.split()),
 )
+
+
+_FILES = {"rl": "configs/grpo.py", "sft": "configs/sft.py"}
 
 
 def get(config: ConfigDict, field: str) -> Any:
@@ -33,7 +38,8 @@ def get(config: ConfigDict, field: str) -> Any:
   value = config
   for name in field.split("."):
     if name not in value:
-      raise UserError(f"{field} is missing, expected a configuration with all of configs/grpo.py.")
+      file = _FILES.get(config.get("task"), _FILES["rl"])
+      raise UserError(f"{field} is missing, expected a configuration with all of {file}.")
     value = value[name]
   return value
 
@@ -47,26 +53,53 @@ def _number(config: ConfigDict, field: str) -> float:
 
 def validate(config: ConfigDict) -> None:
   """Raises UserError for the first value that cannot work, whatever the files and devices."""
-  for field, allowed in CHOICES.items():
+  if (task := get(config, "task")) not in OF_TASK:
+    raise UserError(f"task is '{task}', expected one of: {', '.join(OF_TASK)}.")
+  _validate_fields(config, OF_TASK[task])
+  _validate_rl(config) if task == "rl" else _validate_sft(config)
+
+
+def _validate_fields(config: ConfigDict, checks: Checks) -> None:
+  """Raises UserError for the first value that its own table does not allow."""
+  for field, allowed in checks.choices.items():
     if (value := get(config, field)) not in allowed:
       raise UserError(f"{field} is '{value}', expected one of: {', '.join(allowed)}.")
-  for field, least in AT_LEAST.items():
+  for field, least in checks.at_least.items():
     if (value := _number(config, field)) < least:
       raise UserError(f"{field} is {value}, expected at least {least}.")
-  for field in POSITIVE:
+  for field in checks.positive:
     if (value := _number(config, field)) <= 0:
       raise UserError(f"{field} is {value}, expected more than 0.")
-  for field in FRACTIONS:
+  for field in checks.fractions:
     if not 0 <= (value := _number(config, field)) < 1:
       raise UserError(f"{field} is {value}, expected a number in [0, 1).")
-  for field in NUMBERS:
+  for field in checks.numbers:
     _number(config, field)
-  for field, (least, most) in BETWEEN.items():
+  for field, (least, most) in checks.between.items():
     if not least <= (value := _number(config, field)) <= most:
       raise UserError(f"{field} is {value}, expected a number in [{least}, {most}].")
-  for field in SHARES:
+  for field in checks.shares:
     if not 0 < (value := _number(config, field)) <= 1:
       raise UserError(f"{field} is {value}, expected a number in (0, 1].")
+
+
+def _validate_sft(config: ConfigDict) -> None:
+  """What the fields of supervised training expect of one another."""
+  d, t = config.data, config.training
+  _validate_adapters(config)
+  if not d.path:
+    example = "--config.data.path=chats.jsonl"
+    raise UserError(f"data.path is empty, expected a file of examples, as in {example}.")
+  if not d.roles or not set(d.roles) <= set(ROLES):
+    raise UserError(f"data.roles is {tuple(d.roles)}, expected some of: {', '.join(ROLES)}.")
+  if t.rows % t.microbatch:
+    raise UserError(
+      f"training.microbatch is {t.microbatch}, expected a divisor of training.rows ({t.rows})."
+    )
+
+
+def _validate_rl(config: ConfigDict) -> None:
+  """What the fields of reinforcement learning expect of one another."""
   d, s, u = config.dialogue, config.sampling, config.training
   rows = d.scenarios_per_step * d.group_size
   if rows % u.microbatch:
@@ -165,16 +198,19 @@ def _validate_algorithm(config: ConfigDict) -> None:
       "algorithm.kl_estimator is 'k1', expected k2, k3 or k3_clamped with algorithm.kl_in 'loss', "
       "where the gradient of k1 is zero on average."
     )
-  if not lora.targets or not set(lora.targets) <= set(TARGETS):
-    raise UserError(
-      f"lora.targets is {tuple(lora.targets)}, expected some of: {', '.join(TARGETS)}."
-    )
+  _validate_adapters(config)
   if lora.critic_rank and (config.critic.shared_layers or config.critic.path):
     field = "shared_layers" if config.critic.shared_layers else "path"
     raise UserError(
       f"critic.{field} is {config.critic[field]!r}, expected none with lora.critic_rank, whose "
       "adapters stand beside the policy's initial weights."
     )
+
+
+def _validate_adapters(config: ConfigDict) -> None:
+  targets = config.lora.targets
+  if not targets or not set(targets) <= set(TARGETS):
+    raise UserError(f"lora.targets is {tuple(targets)}, expected some of: {', '.join(TARGETS)}.")
 
 
 def _validate_environment(config: ConfigDict) -> None:
@@ -228,7 +264,8 @@ def unflatten(flat: dict[str, Any]) -> ConfigDict:
         section[parent] = ConfigDict()
       section = section[parent]
     section[name] = value
-  for field in flatten(grpo.get_config()):
+  of_task = sft if config.get("task") == "sft" else grpo
+  for field in flatten(of_task.get_config()):
     get(config, field)
   return config
 

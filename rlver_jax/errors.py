@@ -15,3 +15,10 @@ class BudgetSpent(Exception):
   The message is one sentence: the field, its value, what was spent. `main` prints it and exits with
   code 1.
   """
+
+
+class Diverged(Exception):
+  """Too many updates in a row were not finite; the last finite state has been saved.
+
+  The message is one sentence. `main` prints it and exits with code 1.
+  """

@@ -46,6 +46,8 @@ def rescore(workdir: pathlib.Path, step: int | None, out: pathlib.Path) -> tuple
 
   config = workdir_lib.read_config(workdir)
   config_lib.validate(config)
+  if config.task != "rl":
+    raise UserError(f"{workdir} holds a run of task '{config.task}', expected one with dialogues.")
   if config.simulator.kind == "openai":
     raise UserError(
       "simulator.kind is 'openai', whose server need not answer alike twice, expected a run with "

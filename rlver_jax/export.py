@@ -46,7 +46,13 @@ def export(
   if out.exists() and not hub.is_empty_directory(out):
     raise UserError(f"--out is {out}, which holds files, expected a new or empty directory.")
   p = config.policy
-  opened = source.open_source(p.path, "policy.path", dtype=p.dtype, param_dtype=p.param_dtype)
+  opened = source.open_source(
+    p.path,
+    "policy.path",
+    dtype=p.dtype,
+    param_dtype=p.param_dtype,
+    from_scratch=config.task == "sft" and p.from_scratch,
+  )
   checkpoints = Checkpoints(str(workdir / "checkpoints"), keep=None)
   step = checkpoints.best() if best else checkpoints.latest() if step is None else step
   mesh = partitioning.make_mesh(1, -1, 1)

@@ -1,4 +1,10 @@
-"""Which values each field of a configuration may have, whatever the others are."""
+"""Which values each field of a configuration may have, whatever the others are.
+
+The tables with plain names are of configs/recipe.py; `OF_TASK` has those of every task.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from rlver_jax.dialogue import environment as environment_lib
 from rlver_jax.dialogue import levels as levels_lib
@@ -6,18 +12,36 @@ from rlver_jax.models.qwen2 import REMAT_POLICIES
 from rlver_jax.rl.advantages import ESTIMATORS
 from rlver_jax.rl.losses import AGGREGATIONS, KL_ESTIMATORS, POLICY_LOSSES
 
-CHOICES = {
+# Of both tasks.
+_CHOICES = {
   "policy.dtype": ("float32", "bfloat16"),
   "policy.param_dtype": ("float32", "bfloat16"),
   "policy.remat": tuple(REMAT_POLICIES),
+  "optimizer.schedule": ("constant", "cosine"),
+  "optimizer.moment_dtype": ("float32", "bfloat16"),
+}
+_AT_LEAST = {
+  "steps": 1,
+  "seed": 0,
+  "lora.policy_rank": 0,
+  "optimizer.learning_rate": 0,
+  "optimizer.weight_decay": 0,
+  "training.microbatch": 1,
+  "training.logprob_chunk": 1,
+  "training.max_nonfinite": 1,
+  "checkpoint.every": 1,
+  "checkpoint.keep": 1,
+}
+_POSITIVE = ("optimizer.eps", "optimizer.max_grad_norm", "lora.alpha")
+_FRACTIONS = ("optimizer.warmup_fraction", "optimizer.b1", "optimizer.b2")
+
+CHOICES = _CHOICES | {
   "simulator.kind": ("language_model", "openai", "scripted"),
   "simulator.dtype": ("float32", "bfloat16"),
   "simulator.score": ("generate", "choice"),
   "dialogue.mode": ("direct", "think"),
   "environment.level": environment_lib.KINDS,
   "environment.curriculum.start": levels_lib.NAMES,
-  "optimizer.schedule": ("constant", "cosine"),
-  "optimizer.moment_dtype": ("float32", "bfloat16"),
   "reward.kind": ("final", "change", "both"),
   "algorithm.advantage": tuple(ESTIMATORS),
   "algorithm.loss": POLICY_LOSSES,
@@ -27,9 +51,7 @@ CHOICES = {
 }
 
 # The lowest allowed value of a field.
-AT_LEAST = {
-  "steps": 1,
-  "seed": 0,
+AT_LEAST = _AT_LEAST | {
   "simulator.temperature": 0,
   "simulator.top_k": 0,
   "simulator.max_plan_tokens": 1,
@@ -59,7 +81,6 @@ AT_LEAST = {
   "critic.shared_layers": 0,
   "critic.learning_rate": 0,
   "critic.warmup_steps": 0,
-  "lora.policy_rank": 0,
   "lora.critic_rank": 0,
   "algorithm.clip_low": 0,
   "algorithm.clip_high": 0,
@@ -71,22 +92,13 @@ AT_LEAST = {
   "algorithm.importance_cap": 0,
   "algorithm.epochs": 1,
   "algorithm.minibatches": 1,
-  "optimizer.learning_rate": 0,
-  "optimizer.weight_decay": 0,
-  "training.microbatch": 1,
-  "training.logprob_chunk": 1,
   "training.smallest_row": 1,
-  "training.max_nonfinite": 1,
-  "checkpoint.every": 1,
-  "checkpoint.keep": 1,
   "log.dialogues_every": 0,
 }
 
 NUMBERS = ("reward.final_weight", "reward.change_weight")  # of any size
 POSITIVE = (
-  "optimizer.eps",
-  "optimizer.max_grad_norm",
-  "lora.alpha",
+  *_POSITIVE,
   "critic.value_clip",
   "simulator.remote.timeout",
   "simulator.remote.first_wait",
@@ -97,7 +109,7 @@ POSITIVE = (
   "environment.challenging.loss",
 )
 # In [0, 1).
-FRACTIONS = ("optimizer.warmup_fraction", "critic.warmup_fraction", "optimizer.b1", "optimizer.b2")
+FRACTIONS = (*_FRACTIONS, "critic.warmup_fraction")
 # In (0, 1].
 SHARES = ("sampling.top_p", "simulator.top_p", "algorithm.gamma", "algorithm.lam")
 
@@ -111,4 +123,35 @@ BETWEEN = {
   "environment.challenging.leniency": (-20, 20),
   "environment.challenging.hints": (-1, 1),
   "environment.challenging.plain": (0, 1),
+}
+
+
+class Checks(NamedTuple):
+  """The tables of one task."""
+
+  choices: Mapping[str, tuple[Any, ...]]
+  at_least: Mapping[str, float]
+  numbers: tuple[str, ...]
+  positive: tuple[str, ...]
+  fractions: tuple[str, ...]
+  shares: tuple[str, ...]
+  between: Mapping[str, tuple[float, float]]
+
+
+_SFT_CHOICES = {
+  "policy.from_scratch": (False, True),
+  "data.kind": ("chat", "policy", "simulator"),
+  "data.form": ("plan", "choice"),
+}
+_SFT_AT_LEAST = {
+  "training.rows": 1,
+  "training.row_length": 2,
+  "evaluation.every": 0,
+  "log.every": 1,
+}
+OF_TASK = {
+  "rl": Checks(CHOICES, AT_LEAST, NUMBERS, POSITIVE, FRACTIONS, SHARES, BETWEEN),
+  "sft": Checks(
+    _CHOICES | _SFT_CHOICES, _AT_LEAST | _SFT_AT_LEAST, (), _POSITIVE, _FRACTIONS, (), {}
+  ),
 }

@@ -1,5 +1,6 @@
 """The command line: `python -m rlver_jax.main --config=configs/grpo.py[:preset] --workdir=DIR`.
 
+The config's `task` says what is run: rl (`train.py`) or sft (`sft.py`).
 Any field of the config can be overridden: `--config.policy.path=DIR`. Exit codes: 0 done, 1 the
 run diverged or spent a budget (after saving a checkpoint), 2 a mistake in the command, the
 configuration, the files or the access to a server, 128 + n stopped by signal n (after saving too).
@@ -9,6 +10,8 @@ import os
 import pathlib
 import re
 import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 # TensorFlow, which clu's TensorBoard writer imports, greets on stderr otherwise.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -18,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from rlver_jax import cli
-from rlver_jax.errors import BudgetSpent, UserError
+from rlver_jax.errors import BudgetSpent, Diverged, UserError
 
 CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -32,6 +35,14 @@ DISTRIBUTED = flags.DEFINE_bool(
   "Start jax.distributed, which finds the other processes in the environment (Cloud TPU, Slurm, "
   "JAX_COORDINATOR_ADDRESS ...). By default: where a Cloud TPU slice has several hosts.",
 )
+
+
+class Program(NamedTuple):
+  """What a task does: opens and checks what it reads from, runs, and shows what came of it."""
+
+  open_sources: Callable[..., Any]
+  train: Callable[..., dict[str, Any]]
+  format_summary: Callable[[dict[str, Any]], str]
 
 
 def main(argv: list[str]) -> int:
@@ -49,11 +60,11 @@ def main(argv: list[str]) -> int:
   _prepare_jax(config)
   import jax
 
-  from rlver_jax import metrics, train, workdir
+  from rlver_jax import workdir
   from rlver_jax.interrupt import Interrupted, Interrupts
-  from rlver_jax.sources import open_sources
 
-  sources = open_sources(config)
+  program = _program(config.task)
+  sources = program.open_sources(config)
   folder = workdir.claim(cli.WORKDIR.value or default_workdir(), config)
   if jax.process_index() == 0:
     print(
@@ -61,15 +72,26 @@ def main(argv: list[str]) -> int:
     )
   interrupts = Interrupts()
   try:
-    summary = train.train(config, sources, folder, interrupts)
+    summary = program.train(config, sources, folder, interrupts)
   except Interrupted as stop:
     print(f"{stop}; the same command goes on from the checkpoint.", flush=True)
     return 128 + stop.signum
-  except (train.Diverged, BudgetSpent) as error:
+  except (Diverged, BudgetSpent) as error:
     print(f"rlver_jax: {error}", file=sys.stderr)
     return 1
-  print(metrics.format_summary(summary))
+  print(program.format_summary(summary))
   return 0
+
+
+def _program(task: str) -> Program:
+  """What a task does at each stage of a run."""
+  if task == "sft":
+    from rlver_jax import sft
+
+    return Program(sft.open_sources, sft.train_supervised, sft.format_summary)
+  from rlver_jax import metrics, sources, train
+
+  return Program(sources.open_sources, train.train, metrics.format_summary)
 
 
 def default_workdir() -> pathlib.Path:

@@ -10,6 +10,7 @@ log. Names are `group/name`:
   rows/*, reward/*                what is learned from, from `collect.make_experience`
   advantage/*, kl/*, mismatch/*   from `rl/prepare.py` (advantages before they are whitened)
   update/*, critic/*              from the updates of policy and critic
+  sft/*                           losses of supervised training, whose other metrics are as above
   compile/*, sampler/*            programs that were compiled, and what the engines did
   seconds/step, seconds/<stage>   wall time of the whole step, and of stages from `StageTimer`
   reward/mean, tokens/per_second, update/loss, update/clip_fraction
@@ -245,6 +246,8 @@ def progress_line(step: int, steps: int, scalars: dict[str, float], seconds_per_
     "emotion/success_rate": "success {:.0%}",
     "emotion/failure_rate": "failure {:.0%}",
     "update/loss": "loss {:.2g}",
+    "sft/loss": "loss {:.4f}",
+    "sft/held_out_loss": "held out {:.4f}",
     "update/clip_fraction": "clip {:.2g}",
     "tokens/per_second": "{:,.0f} tok/s",
   }

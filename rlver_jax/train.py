@@ -3,7 +3,6 @@
 import contextlib
 import pathlib
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,14 +19,10 @@ from rlver_jax.collect import make_experience, play
 from rlver_jax.dialogue import records
 from rlver_jax.dialogue.dialogue import Dialogue
 from rlver_jax.dialogue.environment import level_metrics
-from rlver_jax.errors import BudgetSpent, UserError
+from rlver_jax.errors import BudgetSpent, Diverged
 from rlver_jax.interrupt import Interrupted, Interrupts
 from rlver_jax.rl.learner import LearnerState
 from rlver_jax.sources import Sources
-
-
-class Diverged(Exception):
-  """Too many updates in a row were not finite; the last finite state has been saved."""
 
 
 def train(
@@ -100,7 +95,7 @@ def train(
       scalars |= learned | metrics_lib.dialogue_metrics(played.sampled)
       scalars |= level_metrics(played.sampled)
       scalars |= learning_rates(config, run)
-      with timer("write"), writing(workdir):
+      with timer("write"), workdir_lib.writing(workdir):
         workdir_lib.write_spent(workdir, run.simulator.spent())
         if config.log.dialogues_every and step % config.log.dialogues_every == 0:
           write_dialogues(workdir, done, played.all)
@@ -112,7 +107,7 @@ def train(
         "compile/seconds": compiles.seconds,
         "seconds/step": time.perf_counter() - began,
       }
-      with writing(workdir):
+      with workdir_lib.writing(workdir):
         writer.write(done, scalars)
       line = metrics_lib.progress_line(done, config.steps, scalars, scalars["seconds/step"])
       print(line, flush=True)
@@ -136,18 +131,6 @@ def train(
     checkpoints.close()
     writer.close()
   return metrics_lib.write_summary(workdir, {})
-
-
-@contextlib.contextmanager
-def writing(workdir: pathlib.Path) -> Iterator[None]:
-  """Around what writes to the folder: a full or read-only disk is the user's to mend."""
-  try:
-    yield
-  except OSError as error:
-    raise UserError(
-      f"workdir {workdir} cannot be written ({error.strerror or error}), expected a writable disk "
-      "with room; the same command goes on from the newest checkpoint."
-    ) from error
 
 
 def write_dialogues(workdir: pathlib.Path, step: int, dialogues: list[Dialogue]) -> None:

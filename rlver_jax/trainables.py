@@ -106,30 +106,37 @@ def fresh(config: ConfigDict, sources: Sources, frozen: Frozen) -> tuple[Any, Cr
 
 
 def make_schedule(config: ConfigDict, model: str) -> optax.Schedule:
-  """Learning rate of `policy` or `critic` by applied update: linear warm-up, then constant or a
-  cosine to zero.
-
-  The n-th of w warm-up updates (n from 1) has the rate n / w of the full one.
-  """
-  o, a = config.optimizer, config.algorithm
-  own = config.critic if model == "critic" else o
+  """Learning rate of `policy` or `critic` by applied update, see `schedule`."""
+  a = config.algorithm
+  own = config.critic if model == "critic" else config.optimizer
   steps = config.steps
   if model == "policy" and ESTIMATORS[a.advantage] == "critic":
     steps = max(1, steps - config.critic.warmup_steps)
   updates = steps * a.epochs * a.minibatches
-  warmup = int(own.warmup_fraction * updates)
-  after = optax.constant_schedule(own.learning_rate)
-  if o.schedule == "cosine":
-    after = optax.cosine_decay_schedule(own.learning_rate, updates - warmup)
-  rise = optax.linear_schedule(0.0, own.learning_rate, max(warmup, 1))
+  return schedule(config, own.learning_rate, own.warmup_fraction, updates)
+
+
+def schedule(
+  config: ConfigDict, learning_rate: float, warmup_fraction: float, updates: int
+) -> optax.Schedule:
+  """Learning rate by applied update, of `updates` in all: linear warm-up, then constant or a
+  cosine to zero, as `config.optimizer` says.
+
+  The n-th of w warm-up updates (n from 1) has the rate n / w of the full one.
+  """
+  warmup = int(warmup_fraction * updates)
+  after = optax.constant_schedule(learning_rate)
+  if config.optimizer.schedule == "cosine":
+    after = optax.cosine_decay_schedule(learning_rate, updates - warmup)
+  rise = optax.linear_schedule(0.0, learning_rate, max(warmup, 1))
   return optax.join_schedules([lambda n: rise(n + 1), after], [warmup])
 
 
-def make_optimizer(config: ConfigDict, model: str) -> optax.GradientTransformation:
+def make_optimizer(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
   """AdamW; gradients are clipped by the step itself, which reports their norm."""
   o = config.optimizer
   return optax.adamw(
-    make_schedule(config, model),
+    rate,
     b1=o.b1,
     b2=o.b2,
     eps=o.eps,
@@ -147,9 +154,9 @@ def make_learner(config: ConfigDict, sources: Sources) -> Learner:
   return Learner(
     sources.mesh,
     learner_settings(config),
-    make_optimizer(config, "policy"),
+    make_optimizer(config, make_schedule(config, "policy")),
     abstract_policy(config, sources.policy),
-    None if critic is None else make_optimizer(config, "critic"),
+    None if critic is None else make_optimizer(config, make_schedule(config, "critic")),
     critic,
   )
 

@@ -9,9 +9,11 @@ summary.json      written when the run ends
 rescored.jsonl    what `evaluate.py` found when it scored the dialogues anew
 """
 
+import contextlib
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -86,6 +88,18 @@ def _check(path: pathlib.Path, old: Any, new: dict[str, Any]) -> None:
       f"workdir {path} belongs to a run with {field} = {old.get(field)!r}, found "
       f"{new.get(field)!r}, expected the same configuration or another --workdir."
     )
+
+
+@contextlib.contextmanager
+def writing(workdir: pathlib.Path) -> Iterator[None]:
+  """Around what writes to the folder: a full or read-only disk is the user's to mend."""
+  try:
+    yield
+  except OSError as error:
+    raise UserError(
+      f"workdir {workdir} cannot be written ({error.strerror or error}), expected a writable disk "
+      "with room; the same command goes on from the newest checkpoint."
+    ) from error
 
 
 def read_spent(path: pathlib.Path) -> dict[str, int]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlver_jax.models import weights
-from rlver_jax.models.attention import CONTEXT, PADDING, tree_attention
+from rlver_jax.models.attention import CONTEXT, DOCUMENT, PADDING, tree_attention
 from rlver_jax.models.qwen2 import Qwen2Config
 
 CONFIG = Qwen2Config(41, 24, 40, 3, 6, 2, 4, rope_theta=100.0, initializer_range=0.3)
@@ -91,7 +91,8 @@ def attend_by_hand(q, k, v, branch_BT):
   for b, t, h in np.ndindex(B, T, H):
     g = h // (H // k.shape[2])
     own = branch_BT[b, t]
-    seen = [s for s in range(t + 1) if branch_BT[b, s] in (CONTEXT, own)]
+    context = own if own == PADDING else own - own % DOCUMENT  # that of its document
+    seen = [s for s in range(t + 1) if branch_BT[b, s] in (context, own)]
     scores = np.array([q[b, t, h].astype(float) @ k[b, s, g] / K**0.5 for s in seen])
     weight = np.exp(scores - scores.max())
     out[b, t, h] = weight / weight.sum() @ v[b, seen, g]

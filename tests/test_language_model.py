@@ -11,6 +11,7 @@ from rlver_jax.dialogue import emotion as emotion_lib
 from rlver_jax.dialogue import templates as templates_lib
 from rlver_jax.dialogue.dialogue import Dialogue, PolicyReply, Rules, Stage
 from rlver_jax.dialogue.levels import VANILLA, Level
+from rlver_jax.dialogue.simulators import chat as chat_lib
 from rlver_jax.dialogue.simulators import language_model
 from rlver_jax.dialogue.simulators.language_model import LanguageModelSimulator, SimulatorSettings
 from rlver_jax.errors import UserError
@@ -122,7 +123,7 @@ class Reading:
     own = self.tokenizer.encode(d.opening.text)
     if not d.scenario.first_message:
       sample, own = self.sampled(opening)
-      assert d.opening.text == (self.tokenizer.decode(own).strip() or language_model.SILENCE)
+      assert d.opening.text == (self.tokenizer.decode(own).strip() or chat_lib.SILENCE)
       assert d.opening.tokens == len(sample.ids)
     self.kept = [*opening, *own, *chat.assistant_end]
     for turn in d.turns:
@@ -163,7 +164,7 @@ class Reading:
       message = self.render("message", turn.emotion, change=f"{change:+d}", **fields)
       sample, own = self.sampled([*ask, *chat.user(message), *chat.assistant_start])
       text = self.tokenizer.decode(own).strip()
-      assert turn.message.text == (text or language_model.SILENCE)
+      assert turn.message.text == (text or chat_lib.SILENCE)
       assert turn.message.tokens == len(sample.ids)
       # The plan is forgotten; what was said to the helper stays, as it was sampled.
       self.kept += [*quoted, *chat.user_end, *chat.assistant_start, *own, *chat.assistant_end]
@@ -197,7 +198,7 @@ def test_a_level_has_its_own_prompts_and_says_the_change_that_was_felt(engine, t
     assert [turn.plan.change for turn in d.turns] == [change] * 2
     assert d.turns[0].emotion == after
     plan, message = [ids for at, ids, *_ in engine.asked if at == slot][:2]
-    persona = language_model.persona_ids(tokenizer, own, d.scenario)
+    persona = chat_lib.persona_ids(tokenizer, own, d.scenario)
     assert plan[: len(persona)] == tuple(persona)
     asked = own.render("plan", emotion=str(d.rules.initial_emotion), state="BCC"[slot])
     assert asked in tokenizer.decode(plan)
@@ -210,7 +211,7 @@ def test_a_turn_reads_only_what_is_new(engine, tokenizer):
   """The persona and what was said are never read again, though each turn has its own scratch."""
   (d,) = play(make(engine, tokenizer, BARE), [dialogue()])
   stats = engine.take_stats()
-  persona = language_model.persona_ids(tokenizer, builders.templates()["en"], d.scenario)
+  persona = chat_lib.persona_ids(tokenizer, builders.templates()["en"], d.scenario)
   assert stats.prefilled == len(persona)
   template, start = builders.templates()["en"], tokenizer.chat.user_start
   new, held = 0, len(persona)
@@ -407,8 +408,7 @@ def test_a_new_batch_forgets_the_last_one(engine, tokenizer):
 def test_no_room_for_a_persona_is_found_before_a_run(tokenizer):
   scenarios = [builders.scenario(), builders.scenario("zh", id="长")]
   longest = max(
-    len(language_model.persona_ids(tokenizer, builders.templates()[s.language], s))
-    for s in scenarios
+    len(chat_lib.persona_ids(tokenizer, builders.templates()[s.language], s)) for s in scenarios
   )
 
   def check(length):

@@ -10,7 +10,7 @@ import runs
 from absl import flags
 
 from configs import grpo
-from rlver_jax import cli, main, train, workdir
+from rlver_jax import cli, errors, main, train, workdir
 from rlver_jax.interrupt import Interrupted
 from rlver_jax.models import source
 from rlver_jax.sources import Sources
@@ -153,7 +153,7 @@ def test_what_is_fine_is_loaded(run_main, tmp_path):
   [
     (Interrupted(15), 143, "stopped by SIGTERM; the same command goes on from the checkpoint.", ""),
     (Interrupted(2), 130, "stopped by SIGINT; the same command goes on from the checkpoint.", ""),
-    (train.Diverged("It diverged."), 1, "", "rlver_jax: It diverged.\n"),
+    (errors.Diverged("It diverged."), 1, "", "rlver_jax: It diverged.\n"),
   ],
 )
 def test_how_a_run_ends_is_its_exit_code(run_main, tmp_path, monkeypatch, outcome, code, out, err):

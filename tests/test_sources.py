@@ -10,7 +10,7 @@ import pytest
 import runs
 
 from rlver_jax import partitioning
-from rlver_jax.dialogue.simulators import language_model
+from rlver_jax.dialogue.simulators import chat as chat_lib
 from rlver_jax.errors import UserError
 from rlver_jax.models import source, weights
 from rlver_jax.sources import open_sources, simulator_settings
@@ -289,7 +289,7 @@ def test_a_cache_without_room_for_the_longest_level_is_named():
   templates = sources.templates["en"]
 
   def longest(texts):
-    persona = [language_model.persona_ids(opened.tokenizer, texts, s) for s in sources.scenarios]
+    persona = [chat_lib.persona_ids(opened.tokenizer, texts, s) for s in sources.scenarios]
     return max(map(len, persona)) + 16  # and the plan and the message of runs.LANGUAGE_MODEL
 
   room = longest(templates)

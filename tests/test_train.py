@@ -11,7 +11,7 @@ import pytest
 import runs
 from ml_collections import ConfigDict
 
-from rlver_jax import config, train, trainables
+from rlver_jax import config, errors, trainables
 from rlver_jax.build import build_environment
 from rlver_jax.checkpoint import Checkpoints
 from rlver_jax.errors import UserError
@@ -529,7 +529,7 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(tmp_pat
     **{"policy.path": str(path), "training.max_nonfinite": 2, "checkpoint.every": 5}
   )
   workdir = tmp_path / "run"
-  with pytest.raises(train.Diverged, match=r"^2 updates in a row .* saved as step 2\.$"):
+  with pytest.raises(errors.Diverged, match=r"^2 updates in a row .* saved as step 2\.$"):
     runs.play(settings, workdir)
   records = runs.metrics(workdir)
   assert [record["step"] for record in records] == [1, 2]
@@ -540,14 +540,14 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(tmp_pat
   same = jax.tree.map(lambda a, b: np.array_equal(a, b, equal_nan=True), state.policy.model, before)
   assert all(jax.tree.leaves(same))
   assert all(not np.any(x) for x in jax.tree.leaves(state.policy.opt_state))
-  with pytest.raises(train.Diverged, match=r"^3 updates in a row .* step 3\.$"):
+  with pytest.raises(errors.Diverged, match=r"^3 updates in a row .* step 3\.$"):
     runs.play(settings, workdir)  # the count goes on where it was
 
 
 @pytest.mark.slow
 def test_a_rate_that_throws_the_policy_out_of_range_ends_the_run(tmp_path):
   changes = {"steps": 6, "optimizer.learning_rate": 1e38, "training.max_nonfinite": 2}
-  with pytest.raises(train.Diverged):
+  with pytest.raises(errors.Diverged):
     runs.play(runs.config(**changes), tmp_path)
   skipped = [record["update/skipped"] for record in runs.metrics(tmp_path)]
   assert skipped[0] == 0 and skipped[-2:] == [1, 1] and sum(skipped) == 2

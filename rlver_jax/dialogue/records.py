@@ -3,18 +3,20 @@
 A record holds the profile's fields, the final emotion and its state, and `history`: a list of
 messages, the user's with `emotion-point` and the `planning` that led to it. Added here: the
 place in the batch, the user's level, why the dialogue ended, token counts, the policy's thoughts,
-and the token ids that a language-model user sampled, from which its chat can be read again.
+the user's traits, and the token ids that a language-model user sampled, from which its chat can be
+read again.
 """
 
-import json
 import os
-import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from rlver_jax import files
+from rlver_jax import json_lines
 from rlver_jax.dialogue import emotion as emotion_lib
-from rlver_jax.dialogue.dialogue import Dialogue, Plan, PolicyReply, UserMessage
+from rlver_jax.dialogue.dialogue import Dialogue, Plan, PolicyReply, Turn, UserMessage
+from rlver_jax.dialogue.simulators.chat import SILENCE
+from rlver_jax.json_lines import Misfit, field
+from rlver_jax.tokenizer import Tokenizer
 
 
 def record(dialogue: Dialogue) -> dict[str, Any]:
@@ -37,6 +39,7 @@ def record(dialogue: Dialogue) -> dict[str, Any]:
     "player": s.persona,
     "scene": s.background,
     "character": s.character,
+    "traits": list(s.traits),
     "topic": s.topic,
     "task": s.task,
     "history": history,
@@ -94,15 +97,60 @@ def _assistant(reply: PolicyReply) -> dict[str, Any]:
   return entry
 
 
+def exchange(record: Any) -> tuple[UserMessage | None, int | None, tuple[Turn, ...]]:
+  """What was said in a record: the opening, the emotion at it, and the turns that were appraised.
+
+  Opening and emotion are None in a record without history. A thought is None where the record
+  has none. Raises Misfit for a history that is not of the format.
+  """
+  history = field(record, "history", list)
+  opening = _read_user(history[0]) if history else None
+  # A last reply that the user had no room to appraise stands alone.
+  pairs = zip(history[1::2], history[2::2], strict=False)
+  turns = tuple(_read_turn(reply, user) for reply, user in pairs)
+  if turns and (opening is None or any(turn.message is None for turn in turns[:-1])):
+    raise Misfit("a turn after the user has left, expected a message before it")
+  return opening, field(history[0], "emotion-point", int) if history else None, turns
+
+
+def are_ids(ids: Sequence[Any], tokenizer: Tokenizer) -> bool:
+  """Whether these are ids of the tokenizer's ordinary tokens."""
+  known = all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in ids)
+  return known and not tokenizer.special_ids.intersection(ids)
+
+
+def spells(message: UserMessage, tokenizer: Tokenizer) -> bool:
+  """Whether a message's ids, of this tokenizer, are those of its text."""
+  return (tokenizer.decode(message.ids).strip() or SILENCE) == message.text
+
+
+def _read_turn(reply: Any, user: Any) -> Turn:
+  if field(reply, "role", str) != "assistant":
+    raise Misfit(f"the role {reply['role']!r:.60}, expected user and assistant in turn")
+  planning = field(user, "planning", dict)
+  thought = field(reply, "thinking", str) if "thinking" in reply else None
+  well_formed = thought is None or field(reply, "well_formed", bool)
+  tokens = field(reply, "tokens", int)
+  said = PolicyReply(field(reply, "content", str), thought, well_formed, True, tokens)
+  plan = Plan(
+    field(planning, "change", int), field(planning, "content", str),
+    field(planning, "TargetCompletion", str), field(planning, "activity", str),
+    field(planning, "analyse", str), field(planning, "parsed", bool),
+  )  # fmt: skip
+  return Turn(said, plan, field(user, "emotion-point", int), _read_user(user))
+
+
+def _read_user(entry: Any) -> UserMessage | None:
+  """The user's message, None where it said nothing more."""
+  if field(entry, "role", str) != "user":
+    raise Misfit(f"the role {entry['role']!r:.60}, expected user and assistant in turn")
+  text, tokens = field(entry, "content", str), field(entry, "tokens", int)
+  if not text:
+    return None
+  ids = tuple(field(entry, "ids", list)) if "ids" in entry else None
+  return UserMessage(text, tokens=tokens, ids=ids)
+
+
 def write(path: str | os.PathLike, dialogues: Sequence[Dialogue]) -> None:
   """Writes the records of these dialogues to a file, all or nothing."""
-  write_lines(path, map(record, dialogues))
-
-
-def write_lines(path: str | os.PathLike, values: Iterable[dict[str, Any]]) -> None:
-  """Writes JSON objects to a file, one a line, all or nothing."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with files.replacing(path) as file:
-    for value in values:
-      file.write(json.dumps(value, ensure_ascii=False) + "\n")
+  json_lines.write(path, map(record, dialogues))

@@ -8,17 +8,16 @@ where two answers are as probable as each other.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from rlver_jax import json_lines
 from rlver_jax.dialogue import emotion as emotion_lib
 from rlver_jax.dialogue import records as records_lib
 from rlver_jax.dialogue.dialogue import (
   Dialogue,
   Plan,
-  PolicyReply,
   Rules,
   Stage,
   Turn,
@@ -27,8 +26,7 @@ from rlver_jax.dialogue.dialogue import (
 from rlver_jax.dialogue.levels import Level
 from rlver_jax.dialogue.scenario import Scenario
 from rlver_jax.dialogue.simulators.base import Simulator
-from rlver_jax.dialogue.simulators.language_model import SILENCE
-from rlver_jax.errors import UserError
+from rlver_jax.json_lines import Misfit, field
 from rlver_jax.tokenizer import Tokenizer
 
 
@@ -60,10 +58,6 @@ class Rescored:
     return recorded == self.turns and self.emotion == self.recorded.emotion
 
 
-class _Misfit(Exception):
-  """A record does not fit: what was found and what was expected."""
-
-
 def read(
   path: pathlib.Path,
   scenarios: dict[str, Scenario],
@@ -80,87 +74,52 @@ def read(
 
   Raises UserError, with file and line, for a record that is not one of such a run.
   """
-  found = []
-  try:
-    lines = path.read_text(encoding="utf-8").split("\n")
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f"{path} cannot be read ({error}), expected dialogues of a run.") from error
-  for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, 1):
-    try:
-      found.append(_recorded(json.loads(line), scenarios, rules, levels, tokenizer))
-    except (_Misfit, ValueError, RecursionError) as error:
-      what = error if isinstance(error, _Misfit) else "no JSON, expected a recorded dialogue"
-      raise UserError(f"{path}, line {number}: found {what}.") from error
-  return found
 
+  def make(record) -> Recorded:
+    return _recorded(record, scenarios, rules, levels, tokenizer)
 
-def _field(entry: Any, name: str, kind: type) -> Any:
-  value = entry.get(name) if isinstance(entry, dict) else None
-  if type(value) is not kind:
-    raise _Misfit(f"{value!r:.60} as {name!r}, expected {kind.__name__}")
-  return value
+  return json_lines.read(path, make, "a recorded dialogue")
 
 
 def _recorded(record, scenarios, rules, levels, tokenizer) -> Recorded:
-  scenario = scenarios.get(name := _field(record, "id", str))
+  scenario = scenarios.get(name := field(record, "id", str))
   if scenario is None:
-    raise _Misfit(f"the scenario {name!r:.60}, expected one of the run's data.path")
+    raise Misfit(f"the scenario {name!r:.60}, expected one of the run's data.path")
   texts = {"player": "persona", "scene": "background", "task": "task", "character": "character"}
-  for field, own in texts.items():
-    if _field(record, field, str) != getattr(scenario, own):
-      raise _Misfit(f"another {field!r} than that of scenario {name!r:.60} in the run's data.path")
-  level = levels.get(_field(record, "level", str))
+  for key, own in texts.items():
+    if field(record, key, str) != getattr(scenario, own):
+      raise Misfit(f"another {key!r} than that of scenario {name!r:.60} in the run's data.path")
+  level = levels.get(field(record, "level", str))
   if level is None:
-    raise _Misfit(f"the level {record['level']!r:.60}, expected one of {', '.join(levels)}")
+    raise Misfit(f"the level {record['level']!r:.60}, expected one of {', '.join(levels)}")
   own_rules = rules.at(level)
-  index, group = _field(record, "dialogue", int), _field(record, "group", int)
+  index, group = field(record, "dialogue", int), field(record, "group", int)
   if not 0 <= index < 2**32:  # part of a random key
-    raise _Misfit(f"{index} as 'dialogue', expected its number in the batch")
-  history, emotion = _field(record, "history", list), _field(record, "emo_point", int)
+    raise Misfit(f"{index} as 'dialogue', expected its number in the batch")
+  emotion = field(record, "emo_point", int)
+  opening, _, turns = records_lib.exchange(record)
   start = Dialogue(index, group, scenario, own_rules)
-  if history:
-    opening = _message(history[0], tokenizer if not scenario.first_message else None)
-    if scenario.first_message and (opening is None or opening.text != scenario.first_message):
-      raise _Misfit("another opening than that of the scenario")
-    if start.stage is Stage.OPENING and opening is not None:
-      start.advance(opening)
-  # A last reply that the user had no room to appraise stands alone.
-  pairs = zip(history[1::2], history[2::2], strict=False)
-  turns = tuple(_turn(reply, user, tokenizer) for reply, user in pairs)
-  if turns and (start.opening is None or any(turn.message is None for turn in turns[:-1])):
-    raise _Misfit("a turn after the user has left, expected a message before it")
+  sampled = [turn.message for turn in turns]
+  if scenario.first_message:
+    if record["history"] and (opening is None or opening.text != scenario.first_message):
+      raise Misfit("another opening than that of the scenario")
+  elif opening is not None:
+    start.advance(opening)
+    sampled.append(opening)
+  for message in sampled:
+    if tokenizer is not None and message is not None:
+      _check_ids(message, tokenizer)
   return Recorded(start, turns, emotion)
 
 
-def _turn(reply, user, tokenizer) -> Turn:
-  if _field(reply, "role", str) != "assistant":
-    raise _Misfit(f"the role {reply['role']!r:.60}, expected user and assistant in turn")
-  planning = _field(user, "planning", dict)
-  said = PolicyReply(_field(reply, "content", str), None, True, True, _field(reply, "tokens", int))
-  plan = Plan(
-    _field(planning, "change", int), _field(planning, "content", str),
-    _field(planning, "TargetCompletion", str), _field(planning, "activity", str),
-    _field(planning, "analyse", str), _field(planning, "parsed", bool),
-  )  # fmt: skip
-  return Turn(said, plan, _field(user, "emotion-point", int), _message(user, tokenizer))
-
-
-def _message(entry, tokenizer: Tokenizer | None) -> UserMessage | None:
-  """The user's message, None where it said nothing more."""
-  if _field(entry, "role", str) != "user":
-    raise _Misfit(f"the role {entry['role']!r:.60}, expected user and assistant in turn")
-  text, tokens = _field(entry, "content", str), _field(entry, "tokens", int)
-  if not text:
-    return None
-  if tokenizer is None:
-    return UserMessage(text, tokens=tokens)
-  ids = _field(entry, "ids", list)
-  known = all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in ids)
-  if not known or tokenizer.special_ids.intersection(ids):
-    raise _Misfit("'ids' that are no tokens of simulator.path, expected those of the message")
-  if (tokenizer.decode(ids).strip() or SILENCE) != text:
-    raise _Misfit("'ids' of another text, expected those of the message")
-  return UserMessage(text, tokens=tokens, ids=tuple(ids))
+def _check_ids(message: UserMessage, tokenizer: Tokenizer) -> None:
+  """Raises Misfit unless a message has the ids that a language-model user sampled."""
+  if message.ids is None:
+    raise Misfit("None as 'ids', expected list")
+  if not records_lib.are_ids(message.ids, tokenizer):
+    raise Misfit("'ids' that are no tokens of simulator.path, expected those of the message")
+  if not records_lib.spells(message, tokenizer):
+    raise Misfit("'ids' of another text, expected those of the message")
 
 
 def rescore(
@@ -208,7 +167,7 @@ def _rescore_some(simulator: Simulator, recorded: Sequence[Recorded]) -> Iterato
 
 def write(path: pathlib.Path, rescored: dict[int, list[Rescored]]) -> None:
   """Writes what was found, a line for each dialogue of each step (from 1), all or nothing."""
-  records_lib.write_lines(
+  json_lines.write(
     path, (_line(step, found) for step, of_step in rescored.items() for found in of_step)
   )
 

@@ -26,7 +26,7 @@ from rlver_jax.dialogue.levels import VANILLA
 from rlver_jax.errors import UserError
 
 LABELS = (*PLAN_FIELDS, "change")
-SECTIONS = {  # section -> the placeholders that it must have, and no others
+SECTIONS = {  # section -> the placeholders that it must have, but for `OPTIONAL`, and no others
   "system": {"persona", "background", "character", "traits", "task"},
   "opening": {"emotion", "state"},
   "helper": {"reply"},
@@ -37,6 +37,15 @@ SECTIONS = {  # section -> the placeholders that it must have, and no others
   "goodbye": set(),
   "policy": set(),
   "policy_think": set(),
+}
+# Placeholders that a section may do without: the model that is asked has them elsewhere (a message
+# follows the appraisal that it repeats), or has learned to do without.
+OPTIONAL = {
+  "system": {"persona", "character", "traits"},
+  "opening": {"emotion", "state"},
+  "plan": {"emotion", "state"},
+  "choice": {"emotion", "state"},
+  "message": set(PLAN_FIELDS),
 }
 # Those that a level may have of its own: the simulated user's, but for what reads it back.
 LEVEL_SECTIONS = {n: SECTIONS[n] for n in ("system", "opening", "plan", "choice", "message")}
@@ -78,7 +87,7 @@ class Templates:
 
     Raises:
       KeyError: there is no such section.
-      TypeError: `fields` are not exactly the section's placeholders.
+      TypeError: `fields` are not exactly the placeholders that the section may have.
     """
     parts = self.sections[section]
     if fields.keys() != SECTIONS[section]:
@@ -224,7 +233,7 @@ def _parse(name: str, lines: list[tuple[int, str]], path) -> tuple[tuple[str, st
       seen.add(field)
     if i + 1 < len(lines):
       literal.append("\n")
-  if missing := sorted(expected - seen):
+  if missing := sorted(expected - OPTIONAL.get(name, set()) - seen):
     where = f"{path}, line {lines[0][0]}" if lines else f"{path}"
     raise UserError(f"{where}: section {name!r} lacks the placeholder {{{missing[0]}}}, {wanted}")
   parts.append(("".join(literal), None))

@@ -2,7 +2,9 @@
 
 A row may be a tree: the context once, and branches that hang off it (a thought and the reply
 it led to, which later turns see without the thought). Token i sees token j when j <= i and j
-is context or in i's own branch. A plain causal row is a tree without branches.
+is context or in i's own branch. A plain causal row is a tree without branches. A row may also
+hold several documents, one after the other, each such a tree of its own: no token sees another
+document. The number of a token's branch says both, as document * DOCUMENT + branch.
 """
 
 import jax
@@ -11,7 +13,8 @@ import jax.numpy as jnp
 from rlver_jax.models.qwen2 import Attention
 
 CONTEXT = 0  # branch number of a context token
-PADDING = -1  # branch number of a padding token: it is seen by padding alone
+PADDING = -1  # number of a padding token: it sees, and is seen by, padding alone
+DOCUMENT = 1 << 16  # added to the branch numbers of a row's next document
 NEGATIVE = -1e30  # a score that softmax turns into zero without producing NaN
 
 
@@ -24,6 +27,11 @@ def grouped_scores(q_BTHK: jax.Array, k_BSGK: jax.Array) -> jax.Array:
   return scores * K**-0.5
 
 
+def context_of(branch: jax.Array) -> jax.Array:
+  """The number of the context tokens that a token with this number sees; padding sees none."""
+  return jnp.where(branch == PADDING, PADDING, branch // DOCUMENT * DOCUMENT + CONTEXT)
+
+
 def tree_attention(branch_BT: jax.Array, query_block: int = 512) -> Attention:
   """Attention for rows whose tokens belong to the branches `branch_BT` (int32; see module).
 
@@ -34,9 +42,10 @@ def tree_attention(branch_BT: jax.Array, query_block: int = 512) -> Attention:
   order_T = jnp.arange(T)
 
   def block(q_BtHK, k_BTGK, v_BTGK, branch_Bt, order_t):
-    context_BT = branch_BT == CONTEXT
     same_BtT = branch_Bt[:, :, None] == branch_BT[:, None]
-    seen_BtT = (order_T[None, None] <= order_t[None, :, None]) & (context_BT[:, None] | same_BtT)
+    # Context is numbered as its document is.
+    own_context_BtT = context_of(branch_Bt)[:, :, None] == branch_BT[:, None]
+    seen_BtT = (order_T[None, None] <= order_t[None, :, None]) & (own_context_BtT | same_BtT)
     scores = jnp.where(seen_BtT[:, None, None], grouped_scores(q_BtHK, k_BTGK), NEGATIVE)
     weights = jax.nn.softmax(scores, -1).astype(v_BTGK.dtype)
     return jnp.einsum("bgrts,bsgk->btgrk", weights, v_BTGK).reshape(q_BtHK.shape)

@@ -1,7 +1,8 @@
 """Where a model comes from: a Hugging Face directory, or the one embedded in the package.
 
-Opening a source reads configuration and tokenizer and checks the weights' headers; the weights
-themselves are read by `load_model`.
+A model may also be drawn from a seed: then the directory needs no weights, and those that it has
+are left alone. Opening a source reads configuration and tokenizer and checks the weights' headers;
+the weights themselves are read by `load_model`.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ EMBEDDED = "tiny"  # the path that names the embedded model
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-  """drawn: the directory holds no weights, they are drawn from a seed (the embedded model)."""
+  """drawn: the weights are drawn from a seed, not read from the directory."""
 
   directory: pathlib.Path
   config: Qwen2Config
@@ -29,16 +30,26 @@ class ModelSource:
 
 
 def open_source(
-  path: str, field: str, *, dtype: str, param_dtype: str, remat: str = "none"
+  path: str,
+  field: str,
+  *,
+  dtype: str,
+  param_dtype: str,
+  remat: str = "none",
+  from_scratch: bool = False,
 ) -> ModelSource:
   """Opens the model that `path`, the value of the config field `field`, names.
+
+  from_scratch: the weights are drawn, whatever the directory holds. Those of the embedded model
+  are drawn too while its directory holds none.
 
   Raises UserError for a path that leads nowhere and for files that are missing or broken.
   """
   embedded = path == EMBEDDED
   directory = _embedded_directory() if embedded else hub.resolve(path, field)
   config = hub.read_config(directory, dtype=dtype, param_dtype=param_dtype, remat=remat)
-  if not embedded:
+  drawn = from_scratch or (embedded and not weights.holds_weights(directory))
+  if not drawn:
     weights.check(directory, config)
   tokenizer = tokenizer_lib.load(directory)
   if tokenizer.vocab_size > config.vocab_size:
@@ -46,11 +57,11 @@ def open_source(
       f"{directory}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, expected ids below "
       f"vocab_size in config.json, {config.vocab_size}."
     )
-  return ModelSource(directory, config, tokenizer, drawn=embedded)
+  return ModelSource(directory, config, tokenizer, drawn)
 
 
 def load_model(source: ModelSource, mesh: Mesh, seed: int) -> Qwen2:
-  """The model's weights on the mesh; `seed` draws those of the embedded model."""
+  """The model's weights on the mesh; `seed` draws those that are not read."""
   if source.drawn:
     return weights.initialise(source.config, seed, mesh)
   return weights.load(source.directory, source.config, mesh)

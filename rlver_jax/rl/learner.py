@@ -30,7 +30,9 @@ from rlver_jax.rl.rows import Rows
 from rlver_jax.rl.update import (
   Batch,
   TrainState,
+  abstract_train_state,
   gradient_step,
+  new_train_state,
   policy_loss,
   value_loss,
 )
@@ -62,13 +64,9 @@ class Learner:
   ):
     self.settings, self._mesh = settings, mesh
     self._optimizers = {"policy": policy_optimizer, "critic": critic_optimizer}
-
-    def abstract(model, optimizer):
-      return jax.eval_shape(lambda m: TrainState(m, optimizer.init(m), jnp.int32(0)), model)
-
     state = LearnerState(
-      abstract(policy, policy_optimizer),
-      None if critic is None else abstract(critic, critic_optimizer),
+      abstract_train_state(policy, policy_optimizer),
+      None if critic is None else abstract_train_state(critic, critic_optimizer),
       jax.ShapeDtypeStruct((), jnp.float32),
     )
     self.shardings = partitioning.model_shardings(mesh, state)
@@ -79,14 +77,10 @@ class Learner:
 
   def init(self, policy: Any, critic: Critic | None = None) -> LearnerState:
     """A fresh state around `policy` and `critic`, whose buffers it takes over."""
-
-    def start(model, name, shardings):
-      moments = jax.jit(self._optimizers[name].init, out_shardings=shardings.opt_state)(model)
-      return TrainState(model, moments, jax.device_put(np.int32(0), shardings.updates))
-
+    optimizers, shardings = self._optimizers, self.shardings
     return LearnerState(
-      start(policy, "policy", self.shardings.policy),
-      None if critic is None else start(critic, "critic", self.shardings.critic),
+      new_train_state(policy, optimizers["policy"], shardings.policy),
+      None if critic is None else new_train_state(critic, optimizers["critic"], shardings.critic),
       jax.device_put(np.float32(self.settings.kl_coef), self.shardings.kl_coef),
     )
 

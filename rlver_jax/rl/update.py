@@ -1,7 +1,8 @@
 """One optimizer step on a model: microbatches visited by a scan, gradients added up in float32.
 
-The same step trains the policy and the critic; they differ in their loss. An update whose loss
-or gradient is not finite, or whose rows have no token to learn from, leaves the state as it was.
+The same step trains the policy, by reinforcement or by examples, and the critic; they differ in
+their loss. An update whose loss or gradient is not finite, or whose rows have no token to learn
+from, leaves the state as it was.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from rlver_jax import partitioning
@@ -49,6 +51,19 @@ class TrainState(NamedTuple):
   model: Any
   opt_state: optax.OptState
   updates: jax.Array
+
+
+def abstract_train_state(model: Any, optimizer: optax.GradientTransformation) -> TrainState:
+  """The state around a model, abstract or not, without its shardings."""
+  return jax.eval_shape(lambda m: TrainState(m, optimizer.init(m), jnp.int32(0)), model)
+
+
+def new_train_state(
+  model: Any, optimizer: optax.GradientTransformation, shardings: TrainState
+) -> TrainState:
+  """A fresh state around `model`, whose buffers it takes over."""
+  moments = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(model)
+  return TrainState(model, moments, jax.device_put(np.int32(0), shardings.updates))
 
 
 class Batch(NamedTuple):
@@ -156,12 +171,15 @@ def value_loss(
 
 def gradient_step(
   state: TrainState,
-  batch: Batch,
-  loss: Callable[[Any, Batch], tuple[jax.Array, Parts]],
+  batch: Any,
+  loss: Callable[[Any, Any], tuple[jax.Array, Parts]],
   optimizer: optax.GradientTransformation,
   max_grad_norm: float,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One step of the optimizer on a minibatch [M, b, T] of M microbatches.
+  """One step of the optimizer on a minibatch of M microbatches.
+
+  batch: a tree of arrays [M, ...] with a field `rows` of Rows [M, b, T]; `loss` is given the model
+  and one microbatch, and its values are added up.
 
   The metrics are `loss`, `gradient_norm` (before it is clipped to `max_grad_norm`), `skipped` (1
   where it was not finite), `tokens` (that were trained), and the parts of the loss.

@@ -16,12 +16,12 @@ from rlver_jax.dialogue.dialogue import (
   Dialogue,
   NoRoom,
   Plan,
-  PolicyReply,
   Stage,
   UserMessage,
 )
 from rlver_jax.dialogue.scenario import Scenario
 from rlver_jax.dialogue.simulators.base import Simulator
+from rlver_jax.dialogue.simulators.chat import SILENCE, UserChat, persona_ids
 from rlver_jax.dialogue.templates import PLAN_FIELDS, Templates
 from rlver_jax.errors import UserError
 from rlver_jax.sampling import programs
@@ -32,7 +32,6 @@ from rlver_jax.tokenizer import Tokenizer
 OPENING_CALL, PLAN_CALL, MESSAGE_CALL = 1, 2, 3  # see policy.POLICY_CALL
 RETRY_CALL = 16  # of the first further appraisal of a turn; those after it count on
 CHANGES = range(emotion_lib.MIN_CHANGE, emotion_lib.MAX_CHANGE + 1)
-SILENCE = "…"  # what the user says when the model says nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,23 +51,6 @@ def change_choices(tokenizer: Tokenizer) -> programs.Choices:
   """The integers -10..10, each ended as a message is ended, so that none begins another."""
   end = tokenizer.chat.assistant_end[0]
   return programs.choices([[*tokenizer.encode(str(change)), end] for change in CHANGES])
-
-
-def persona_text(templates: Templates, scenario: Scenario) -> str:
-  """What all dialogues of one scenario begin with: instructions, persona, background."""
-  return templates.render(
-    "system",
-    persona=scenario.persona,
-    background=scenario.background,
-    character=scenario.character,
-    traits=", ".join(scenario.traits),
-    task=scenario.task,
-  )
-
-
-def persona_ids(tokenizer: Tokenizer, templates: Templates, scenario: Scenario) -> list[int]:
-  """The prefix that all dialogues of one scenario share, as token ids."""
-  return tokenizer.chat.system(persona_text(templates, scenario))
 
 
 def check_room(
@@ -95,10 +77,12 @@ def check_room(
 class _Chat:
   """One dialogue as the simulator's chat: `kept` stays, `scratch` is forgotten with the turn.
 
+  pieces: what it is put together from.
   said: how many of the user's messages are in `kept`, the opening included.
   appraisal, retries, tokens: of the turn's appraisal, the last one's text and what it took."""
 
   dialogue: Dialogue
+  pieces: UserChat
   kept: list[int]
   scratch: list[int] = dataclasses.field(default_factory=list)
   said: int = 0
@@ -137,8 +121,9 @@ class LanguageModelSimulator(Simulator):
 
   def open(self, placed: dict[int, Dialogue]) -> None:
     for slot, dialogue in placed.items():
-      persona = persona_ids(self._tokenizer, self._template(dialogue), dialogue.scenario)
-      self._chats[slot] = _Chat(dialogue, persona)
+      pieces = UserChat(self._tokenizer, self._template(dialogue))
+      persona = persona_ids(self._tokenizer, pieces.templates, dialogue.scenario)
+      self._chats[slot] = _Chat(dialogue, pieces, persona)
     personas = {slot: self._chats[slot].kept for slot in placed}
     self.engine.prefill({s: ids for s, ids in personas.items() if self.engine.fits(ids, 0)})
 
@@ -159,8 +144,7 @@ class LanguageModelSimulator(Simulator):
       case Stage.MESSAGE:
         plan = dialogue.last_plan
         fields = {f: getattr(plan, f) for f in PLAN_FIELDS}
-        question = self._render(chat, "message", change=f"{plan.change:+d}", **fields)
-        chat.scratch += [*self._wrap.user(question), *self._wrap.assistant_start]
+        chat.scratch += chat.pieces.message_question(dialogue.emotion, plan.change, fields)
         self._generate(slot, chat.scratch, MESSAGE_CALL, self.settings.max_message_tokens)
 
   def poll(self, wait: bool = False) -> dict[int, Answer]:
@@ -180,46 +164,29 @@ class LanguageModelSimulator(Simulator):
   def _template(self, dialogue: Dialogue) -> Templates:
     return self._templates[dialogue.scenario.language].at(dialogue.rules.level.name)
 
-  def _render(self, chat: _Chat, section: str, **fields: str) -> str:
-    d = chat.dialogue
-    emotion = d.rules.initial_emotion if section == "opening" else d.emotion
-    return self._template(d).render(
-      section, emotion=str(emotion), state=emotion_lib.state(emotion), **fields
-    )
-
   def _opening(self, chat: _Chat) -> list[int]:
-    question = self._render(chat, "opening")
-    return [*chat.kept, *self._wrap.user(question), *self._wrap.assistant_start]
+    question = chat.pieces.question("opening", chat.dialogue.rules.initial_emotion)
+    return [*chat.kept, *question]
 
   def _catch_up(self, chat: _Chat) -> None:
     """Makes what the dialogue holds part of the chat: sampled ids, or an opening that was given."""
     d = chat.dialogue
     if not chat.said:
-      chat.kept = [*self._opening(chat), *self._spoken(d.opening)]
+      chat.kept = [*self._opening(chat), *self._spoken(chat, d.opening)]
       chat.said = 1
     for turn in d.turns[chat.said - 1 :]:
-      chat.kept = [*self._quoted(chat, turn.reply), *self._wrap.user_end]
-      chat.kept += [*self._wrap.assistant_start, *self._spoken(turn.message)]
+      chat.kept += [*chat.pieces.quoted(turn.reply.text), *chat.pieces.nothing_below]
+      chat.kept += self._spoken(chat, turn.message)
       chat.said += 1
 
-  def _spoken(self, message: UserMessage) -> list[int]:
-    own = self._tokenizer.encode(message.text) if message.ids is None else message.ids
-    return [*own, *self._wrap.assistant_end]
+  def _spoken(self, chat: _Chat, message: UserMessage) -> list[int]:
+    return [*chat.pieces.said(message.text, message.ids), *self._wrap.assistant_end]
 
   def _helper(self, chat: _Chat, section: str) -> list[int]:
     """The chat with the helper's last reply and a question about it."""
-    quoted = self._quoted(chat, chat.dialogue.last_reply)
-    question = self._tokenizer.encode("\n\n" + self._render(chat, section))
-    return [*quoted, *question, *self._wrap.user_end, *self._wrap.assistant_start]
-
-  def _quoted(self, chat: _Chat, reply: PolicyReply) -> list[int]:
-    """The chat up to a reply of the helper, its message still open.
-
-    Frame and reply are encoded apart, so that no reply changes the ids of its frame.
-    """
-    pieces = self._template(chat.dialogue).quote(reply.text)
-    ids = [i for piece in pieces for i in self._tokenizer.encode(piece)]
-    return [*chat.kept, *self._wrap.user_start, *ids]
+    d, pieces = chat.dialogue, chat.pieces
+    question = pieces.question_below(section, d.emotion)
+    return [*chat.kept, *pieces.quoted(d.last_reply.text), *question]
 
   def _generate(self, slot: int, ids: list[int], call: int, budget: int) -> None:
     if not self.engine.fits(ids, budget):
@@ -260,8 +227,7 @@ class LanguageModelSimulator(Simulator):
     chat.scratch += [*own, *self._wrap.assistant_end]
     if reads and change is not None:
       return Plan(change, retries=chat.retries, tokens=chat.tokens, **fields)
-    question = self._wrap.user(self._render(chat, "choice"))
-    chat.scratch += [*question, *self._wrap.assistant_start]
+    chat.scratch += chat.pieces.question("choice", chat.dialogue.emotion)
     self._score(slot, chat.scratch)
     return None
 

@@ -25,8 +25,8 @@ from rlver_jax.dialogue import emotion as emotion_lib
 from rlver_jax.dialogue.answers import PLAN_FIELDS, parse_change
 from rlver_jax.dialogue.dialogue import Answer, Dialogue, Failed, Plan, Stage, UserMessage
 from rlver_jax.dialogue.simulators import connection as connection_lib
-from rlver_jax.dialogue.simulators import language_model
 from rlver_jax.dialogue.simulators.base import Simulator
+from rlver_jax.dialogue.simulators.chat import SILENCE, persona_text
 from rlver_jax.dialogue.simulators.connection import (
   CallFailed,
   Completion,
@@ -36,7 +36,7 @@ from rlver_jax.dialogue.simulators.connection import (
   RemoteSampling,
   RemoteSettings,
 )
-from rlver_jax.dialogue.simulators.language_model import SILENCE, SimulatorSettings
+from rlver_jax.dialogue.simulators.language_model import SimulatorSettings
 from rlver_jax.dialogue.templates import Templates
 from rlver_jax.errors import BudgetSpent, UserError
 
@@ -121,7 +121,7 @@ class RemoteSimulator(Simulator):
 
   def open(self, placed: dict[int, Dialogue]) -> None:
     for slot, dialogue in placed.items():
-      persona = language_model.persona_text(self._template(dialogue), dialogue.scenario)
+      persona = persona_text(self._template(dialogue), dialogue.scenario)
       self._chats[slot] = _Chat(dialogue, [{"role": "system", "content": persona}])
 
   def submit(self, slot: int, dialogue: Dialogue) -> None:

@@ -1,0 +1,1 @@
+"""Training on examples: read, packed into rows, learned from."""
