@@ -1,8 +1,9 @@
 """Supervised training of a policy or a simulated user: `--config=configs/sft.py[:preset]`.
 
-Presets as in configs/grpo.py. `data.path` names the examples and has no default:
-`--config.data.path=chats.jsonl`. The policy of a run is the model that is trained, whoever it
-plays afterwards.
+Presets as in configs/grpo.py, and those that made the models embedded in the package:
+`tiny-policy` and `tiny-simulator` (`rlver_jax/embedded/build.py`). `data.path` names the examples
+and has no default: `--config.data.path=chats.jsonl`. The policy of a run is the model that is
+trained, whoever it plays afterwards.
 """
 
 from ml_collections import ConfigDict
@@ -12,9 +13,11 @@ from configs import common, recipe
 
 def get_config(preset: str = "tiny") -> ConfigDict:
   """Every field with the preset's values."""
-  config = ConfigDict(_fields(common.model(preset)))
-  if preset == "tiny":
+  embedded = {"tiny": "chat", "tiny-policy": "policy", "tiny-simulator": "simulator"}
+  config = ConfigDict(_fields("tiny" if preset in embedded else common.model(preset)))
+  if preset in embedded:
     _tiny(config)
+    config.data.kind = embedded[preset]
   return config
 
 
@@ -93,6 +96,7 @@ def _tiny(config: ConfigDict) -> None:
   """The embedded model from scratch on two CPU cores."""
   config.steps = 300
   config.policy.update(dtype="float32", remat="none", from_scratch=True)
-  config.training.update(rows=16, row_length=1024, microbatch=16, logprob_chunk=4096)
-  config.optimizer.update(learning_rate=3e-3, warmup_fraction=0.05)
+  config.data.templates = "tiny"
+  config.training.update(rows=8, row_length=1024, microbatch=8, logprob_chunk=4096)
+  config.optimizer.update(learning_rate=3e-3, warmup_fraction=0.05, b2=0.98)
   config.log.every = 10

@@ -5,6 +5,7 @@ Each is played by the same state machine as any dialogue of a run and is kept in
 """
 
 import dataclasses
+import functools
 import pathlib
 import random
 import re
@@ -14,7 +15,7 @@ from rlver_jax.dialogue.dialogue import Dialogue, PolicyReply, Rules, Stage
 from rlver_jax.dialogue.simulators.scripted import ScriptedSimulator
 from rlver_jax.embedded import helper
 from rlver_jax.embedded.helper import Habits
-from rlver_jax.embedded.scenarios import generator, scenario
+from rlver_jax.embedded.scenarios import detail, generator, scenario
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Plan:
 
   split: of the scenarios; thinking: share of dialogues whose helper thinks before it speaks;
   emotions: the lowest and the highest at the start; turns: the fewest and the most; unopened:
-  share of dialogues in which the user words the opening itself (else the scenario has it).
+  share of dialogues in which the user words the opening itself (else the scenario has it); coined:
+  share of the words of details that mean nothing.
   """
 
   split: str
@@ -32,6 +34,7 @@ class Plan:
   emotions: tuple[int, int] = (30, 30)
   turns: tuple[int, int] = (8, 8)
   unopened: float = 0.0
+  coined: float = 0.0
 
 
 def play(plan: Plan, number: int, seed: int) -> Dialogue:
@@ -40,7 +43,8 @@ def play(plan: Plan, number: int, seed: int) -> Dialogue:
   opened = rng.random() >= plan.unopened
   rules = Rules(_between(rng, plan.emotions), _between(rng, plan.turns))
   thinks = rng.random() < plan.thinking
-  dialogue = Dialogue(number, number, scenario(plan.split, number, seed, opened), rules)
+  told = scenario(plan.split, number, seed, opened, plan.coined)
+  dialogue = Dialogue(number, number, told, rules)
   user = ScriptedSimulator({"en": templates.load("en")}, seed)
   while dialogue.stage is not Stage.DONE:
     if dialogue.stage is Stage.POLICY:
@@ -56,7 +60,8 @@ def _reply(plan: Plan, dialogue: Dialogue, thinks: bool, rng: random.Random) -> 
   # What was said last is the nearest at hand.
   near = told[:1] * 3 + told[1:] or ["it"]
   earlier = [turn.reply.text for turn in dialogue.turns]
-  made = helper.reply(plan.habits, dialogue.scenario.intention, near, earlier, plan.split, rng)
+  untold = functools.partial(detail, plan.split, coined=plan.coined)
+  made = helper.reply(plan.habits, dialogue.scenario.intention, near, earlier, untold, rng)
   return PolicyReply(made.text, made.thought if thinks else None, True, True, 0)
 
 

@@ -7,11 +7,13 @@ scripted user's appraisal alone.
 
 import dataclasses
 import random
+from collections.abc import Callable
 
 from rlver_jax.dialogue.simulators.appraisal import NEEDS
-from rlver_jax.embedded.scenarios import INTENTIONS, detail, pick, words
+from rlver_jax.embedded.scenarios import INTENTIONS, pick, words
 
 GOOD = tuple(NEEDS.values())
+LONG_WORDS = 155  # more than the scripted user reads with pleasure
 POOR = ("dismissive", "generic", "lecture", "off_topic", "long", "repeated")
 
 
@@ -51,38 +53,44 @@ def reply(
   intention: str,
   told: list[str],
   earlier: list[str],
-  split: str,
+  untold: Callable[[random.Random], str],
   rng: random.Random,
 ) -> Reply:
   """The helper's next reply to a user of this hidden intention.
 
   told: details that the user has mentioned, at least one; earlier: the helper's replies so far;
-  split: where details come from that the user has not told.
+  untold: gives a detail that the user has not told.
   """
-  purpose = _purpose(habits, intention, rng, may_repeat=bool(earlier))
+  purpose = _purpose(habits, intention, earlier, rng)
   if purpose == "repeated":
-    text = pick(rng, earlier)
+    text = pick(
+      rng, [text for text in earlier if not _is_long(text)] or [words()["poor"]["generic"][0]]
+    )
   elif purpose == "long":
     text = _rambling(told, rng)
   elif purpose in POOR:
-    text = _poor(habits, purpose, told, split, rng)
+    text = _poor(habits, purpose, told, untold, rng)
   else:
-    text = _good(habits, purpose, told, earlier, split, rng)
+    text = _good(habits, purpose, told, earlier, untold, rng)
   return Reply(text, purpose, _thought(purpose, rng))
 
 
-def _purpose(habits: Habits, intention: str, rng: random.Random, may_repeat: bool) -> str:
+def _purpose(habits: Habits, intention: str, earlier: list[str], rng: random.Random) -> str:
   need, draw = NEEDS[intention], rng.random()
   if draw < habits.matched:
     return need
   if draw < habits.matched + habits.poor:
     draw = rng.random()
-    if draw < habits.long:
-      return "long"
-    if draw < habits.long + habits.repeated and may_repeat:
+    if draw < habits.long and not any(map(_is_long, earlier)):
+      return "long"  # once a dialogue is enough
+    if draw < habits.long + habits.repeated and earlier:
       return "repeated"
     return pick(rng, ("dismissive", "generic", "lecture", "off_topic"))
   return pick(rng, [name for name in GOOD if name != need])
+
+
+def _is_long(text: str) -> bool:
+  return len(text.split()) > LONG_WORDS
 
 
 def _thought(purpose: str, rng: random.Random) -> str:
@@ -92,12 +100,12 @@ def _thought(purpose: str, rng: random.Random) -> str:
   return f"{pick(rng, words()['need'][felt])} {words()['intent'][purpose]}"
 
 
-def _good(habits: Habits, purpose: str, told, earlier, split, rng) -> str:
+def _good(habits: Habits, purpose: str, told, earlier, untold, rng) -> str:
   tables, draw = words()["good"], rng.random()
   if draw < habits.tied:
     x = pick(rng, told)
   elif draw < habits.tied + habits.foreign:
-    x = detail(split, rng)
+    x = untold(rng)
   else:
     x = pick(rng, ("it", "that", "all this"))
   sentences = [_fresh(tables[purpose]["first"], earlier, rng).format(x=x)]
@@ -123,7 +131,7 @@ def _fresh(templates: list[str], earlier: list[str], rng: random.Random) -> str:
   return pick(rng, [t for t in templates if not used(t)] or templates)
 
 
-def _poor(habits: Habits, purpose: str, told, split, rng) -> str:
+def _poor(habits: Habits, purpose: str, told, untold, rng) -> str:
   lines, count = words()["poor"][purpose], 1 + (rng.random() < habits.second)
   if purpose == "generic":
     count += 1
@@ -131,13 +139,13 @@ def _poor(habits: Habits, purpose: str, told, split, rng) -> str:
   while len(chosen) < count:
     if (line := pick(rng, lines)) not in chosen:
       chosen.append(line)
-  return " ".join(line.format(x=pick(rng, told), z=detail(split, rng)) for line in chosen)
+  return " ".join(line.format(x=pick(rng, told), z=untold(rng)) for line in chosen)
 
 
 def _rambling(told, rng) -> str:
   """Everything at once, longer than anyone reads."""
   sentences: list[str] = []
-  while sum(len(s.split()) for s in sentences) < 160:
+  while sum(len(s.split()) for s in sentences) <= LONG_WORDS:
     table = words()["good"][pick(rng, GOOD)]
     sentences.append(pick(rng, table["first"] + table["then"]).format(x=pick(rng, told)))
   return " ".join(sentences)

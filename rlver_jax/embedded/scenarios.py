@@ -62,14 +62,31 @@ def _lists(split: str) -> tuple[list[str], list[str]]:
   return words()[f"{prefix}adjectives"].split(), words()[f"{prefix}nouns"].split()
 
 
-def detail(split: str, rng: random.Random) -> str:
-  """A detail such as "the red ladder"."""
-  adjectives, nouns = _lists(split)
-  return f"the {pick(rng, adjectives)} {pick(rng, nouns)}"
+def detail(split: str, rng: random.Random, coined: float = 0.0) -> str:
+  """A detail such as "the red ladder"; `coined`: share of its words that mean nothing."""
+  pair = (_coin(rng) if rng.random() < coined else pick(rng, words) for words in _lists(split))
+  return f"the {' '.join(pair)}"
 
 
-def scenario(split: str, number: int, seed: int, opened: bool = True) -> Scenario:
-  """Scenario `number` of a split; the intentions take turns. `opened`: with a first message."""
+def _coin(rng: random.Random) -> str:
+  """A word of two syllables or so that can be said and means nothing."""
+  tables = words()["coined"]
+  syllables = [
+    pick(rng, tables["onsets"]) + pick(rng, tables["vowels"]) + pick(rng, tables["codas"])
+    for _ in range(1 + (rng.random() < 0.5))
+  ]
+  word = "".join(syllables) + pick(rng, tables["endings"])
+  # Short ones could be words of the language, which the lists of the scripted user know.
+  return word if len(word) > 4 else _coin(rng)
+
+
+def scenario(
+  split: str, number: int, seed: int, opened: bool = True, coined: float = 0.0
+) -> Scenario:
+  """Scenario `number` of a split; the intentions take turns.
+
+  opened: with a first message. coined: share of the details' words that mean nothing.
+  """
   rng = generator("scenario", seed, split, number)
   intention = INTENTIONS[number % len(INTENTIONS)]
   origin = pick(rng, [s for s in package_scenarios(split) if s.intention == intention])
@@ -77,7 +94,7 @@ def scenario(split: str, number: int, seed: int, opened: bool = True) -> Scenari
   name, occupation = (_entry(teller.persona, key) for key in ("Name", "Occupation"))
   details: list[str] = []
   while len(details) < DETAILS:
-    another = detail(split, rng)
+    another = detail(split, rng, coined)
     if not set(another.split()[1:]) & {w for d in details for w in d.split()}:
       details.append(another)
   who = pick(rng, words()["people"])

@@ -1,4 +1,4 @@
-"""Where a model comes from: a Hugging Face directory, or the one embedded in the package.
+"""Where a model comes from: a Hugging Face directory, or one that is embedded in the package.
 
 A model may also be drawn from a seed: then the directory needs no weights, and those that it has
 are left alone. Opening a source reads configuration and tokenizer and checks the weights' headers;
@@ -16,7 +16,9 @@ from rlver_jax.errors import UserError
 from rlver_jax.models import hub, weights
 from rlver_jax.models.qwen2 import Qwen2, Qwen2Config
 
-EMBEDDED = "tiny"  # the path that names the embedded model
+# The paths that name embedded models: sizes and tokenizer without weights, and the two that are
+# made from them (`rlver_jax/embedded/`).
+EMBEDDED = ("tiny", "tiny-policy", "tiny-simulator")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +42,13 @@ def open_source(
 ) -> ModelSource:
   """Opens the model that `path`, the value of the config field `field`, names.
 
-  from_scratch: the weights are drawn, whatever the directory holds. Those of the embedded model
-  are drawn too while its directory holds none.
+  from_scratch: the weights are drawn, whatever the directory holds. Those of an embedded model
+  that has none are always drawn.
 
   Raises UserError for a path that leads nowhere and for files that are missing or broken.
   """
-  embedded = path == EMBEDDED
-  directory = _embedded_directory() if embedded else hub.resolve(path, field)
+  embedded = path in EMBEDDED
+  directory = embedded_directory(path) if embedded else hub.resolve(path, field)
   config = hub.read_config(directory, dtype=dtype, param_dtype=param_dtype, remat=remat)
   drawn = from_scratch or (embedded and not weights.holds_weights(directory))
   if not drawn:
@@ -67,5 +69,6 @@ def load_model(source: ModelSource, mesh: Mesh, seed: int) -> Qwen2:
   return weights.load(source.directory, source.config, mesh)
 
 
-def _embedded_directory() -> pathlib.Path:
-  return pathlib.Path(str(importlib.resources.files("rlver_jax") / "assets" / "tiny"))
+def embedded_directory(name: str) -> pathlib.Path:
+  """The directory of a model of `EMBEDDED`."""
+  return pathlib.Path(str(importlib.resources.files("rlver_jax") / "assets" / name))

@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from rlver_jax import json_lines
 from rlver_jax.dialogue import templates as templates_lib
 from rlver_jax.dialogue.dialogue import Segment
-from rlver_jax.dialogue.scenario import PACKAGE_FILES
 from rlver_jax.errors import UserError
 from rlver_jax.json_lines import Misfit
 from rlver_jax.permutation import permutation
@@ -32,9 +31,7 @@ def read(path: str, config: ConfigDict, tokenizer: Tokenizer) -> list[Example]:
   line, for a line that is no such example or longer than a row.
   """
   data, longest = config.data, config.training.row_length
-  templates = {}
-  if data.kind != "chat":
-    templates = {name: templates_lib.load(name, data.templates) for name in PACKAGE_FILES}
+  templates = _Templates(data.templates)
 
   def segments(record: Any) -> Example:
     if data.kind == "chat":
@@ -56,6 +53,18 @@ def read(path: str, config: ConfigDict, tokenizer: Tokenizer) -> list[Example]:
   if not examples:
     raise UserError(f"{path} has nothing to learn, expected at least one example in it.")
   return examples
+
+
+class _Templates(dict):
+  """The templates of a folder by language, each read when the first record of it comes."""
+
+  def __init__(self, folder: str):
+    super().__init__()
+    self._folder = folder
+
+  def __missing__(self, language: str) -> templates_lib.Templates:
+    self[language] = templates_lib.load(language, self._folder)
+    return self[language]
 
 
 def stream(
