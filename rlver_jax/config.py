@@ -23,7 +23,7 @@ from rlver_jax.rl.advantages import ESTIMATORS
 REMOTE = "base_url api_key_env concurrency timeout retries first_wait max_wait"
 REMOTE += " token_budget failure_budget"
 FREE = (
-  *("steps", "checkpoint", "log", "compilation_cache", "data.cache_dir"),
+  *("steps", "checkpoint", "log", "evaluation", "compilation_cache", "data.cache_dir"),
   *(f"simulator.remote.{name}" for name in REMOTE.split()),
 )
 

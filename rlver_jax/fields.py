@@ -77,6 +77,7 @@ AT_LEAST = {
   "training.logprob_chunk": 1,
   "training.smallest_row": 1,
   "training.max_nonfinite": 1,
+  "evaluation.scenarios": 1,
   "checkpoint.every": 1,
   "checkpoint.keep": 1,
   "log.dialogues_every": 0,

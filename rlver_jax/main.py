@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
   _prepare_jax(config)
   import jax
 
-  from rlver_jax import metrics, train, workdir
+  from rlver_jax import metrics, report, train, workdir
   from rlver_jax.interrupt import Interrupted, Interrupts
   from rlver_jax.sources import open_sources
 
@@ -68,8 +68,15 @@ def main(argv: list[str]) -> int:
   except (train.Diverged, BudgetSpent) as error:
     print(f"rlver_jax: {error}", file=sys.stderr)
     return 1
-  print(metrics.format_summary(summary))
+  if jax.process_index() == 0:
+    _show(f"{metrics.format_summary(summary)}\n{report.describe(config, sources, folder)}")
   return 0
+
+
+def _show(text: str) -> None:
+  """Prints what may hold any character, whatever the terminal can show."""
+  encoding = sys.stdout.encoding or "utf-8"
+  print(text.encode(encoding, "replace").decode(encoding), flush=True)
 
 
 def default_workdir() -> pathlib.Path:

@@ -14,7 +14,16 @@ from typing import Any
 
 from rlver_jax import files
 from rlver_jax.dialogue import emotion as emotion_lib
-from rlver_jax.dialogue.dialogue import Dialogue, Plan, PolicyReply, UserMessage
+from rlver_jax.dialogue.dialogue import (
+  Dialogue,
+  Plan,
+  PolicyReply,
+  Rules,
+  Stage,
+  Turn,
+  UserMessage,
+)
+from rlver_jax.dialogue.scenario import Scenario
 
 
 def record(dialogue: Dialogue) -> dict[str, Any]:
@@ -25,9 +34,7 @@ def record(dialogue: Dialogue) -> dict[str, Any]:
     history.append(_user(dialogue.opening, dialogue.rules.initial_emotion, None))
   for turn in dialogue.turns:
     history += [_assistant(turn.reply), _user(turn.message, turn.emotion, turn.plan)]
-  replies = [turn.reply for turn in dialogue.turns]
   if dialogue.pending:  # a last reply that the user had no room to appraise
-    replies.append(dialogue.last_reply)
     history.append(_assistant(dialogue.last_reply))
   return {
     "id": s.id,
@@ -46,7 +53,7 @@ def record(dialogue: Dialogue) -> dict[str, Any]:
     "end": dialogue.end,
     "greedy": dialogue.greedy,
     "tokens": {
-      "policy": sum(reply.sampled_tokens for reply in replies),
+      "policy": sum(reply.sampled_tokens for reply in dialogue.replies),
       "simulator": simulator_tokens(dialogue),
     },
   }
@@ -92,6 +99,41 @@ def _assistant(reply: PolicyReply) -> dict[str, Any]:
   if reply.thought is not None:
     entry |= {"thinking": reply.thought, "well_formed": reply.well_formed}
   return entry
+
+
+def dialogue_of(record: dict[str, Any], scenario: Scenario, rules: Rules) -> Dialogue:
+  """The finished dialogue that a record was made of, given its scenario and rules.
+
+  What a record does not hold is lost: the policy's token ids, whether a reply was cut off, which
+  message was a goodbye. What it does hold is not checked: KeyError, IndexError, TypeError or
+  AttributeError where it is no record.
+  """
+  history = record["history"]
+  d = Dialogue(record["dialogue"], record["group"], scenario, rules, greedy=record["greedy"])
+  d.opening = _message_of(history[0]) if history else None
+  for reply, user in zip(history[1::2], history[2::2], strict=False):
+    p = user["planning"]
+    plan = Plan(
+      p["change"], p["content"], p["TargetCompletion"], p["activity"], p["analyse"], p["parsed"],
+      p["tokens"], p["retries"],
+    )  # fmt: skip
+    d.turns.append(Turn(_reply_of(reply), plan, user["emotion-point"], _message_of(user)))
+  if history and len(history) % 2 == 0:  # a last reply that the user had no room to appraise
+    d.pending = (_reply_of(history[-1]),)
+  d.emotion, d.end, d.stage = record["emo_point"], record["end"], Stage.DONE
+  return d
+
+
+def _message_of(entry: dict[str, Any]) -> UserMessage | None:
+  if not entry["content"]:
+    return None
+  ids = tuple(entry["ids"]) if "ids" in entry else None
+  return UserMessage(entry["content"], tokens=entry["tokens"], ids=ids)
+
+
+def _reply_of(entry: dict[str, Any]) -> PolicyReply:
+  well_formed = entry.get("well_formed", True)
+  return PolicyReply(entry["content"], entry.get("thinking"), well_formed, True, entry["tokens"])
 
 
 def write(path: str | os.PathLike, dialogues: Sequence[Dialogue]) -> None:
