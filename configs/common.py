@@ -53,6 +53,7 @@ def _tiny(config: ConfigDict) -> None:
   )  # fmt: skip
   config.dialogue.update(mode="direct", scenarios_per_step=8, max_turns=10)
   config.data.path = "tiny"
+  config.evaluation.path = "tiny-held-out"
   config.sampling.update(
     max_new_tokens=48, max_prompt_tokens=96, max_response_tokens=704,
     extend_buckets=(32, 96), smallest_window=256, decode_steps=64,

@@ -268,6 +268,13 @@ def published(path: str) -> dict:
       # Consecutive updates with a loss or gradient that is not finite that end the run.
       "max_nonfinite": 3,
     },
+    "evaluation": {
+      # Scenarios that are held out: a file, or a name, as for data.path. Dialogues on them are
+      # played before the first step and after the last (see rlver_jax/heldout.py); empty: none.
+      "path": "",
+      # How many of its first scenarios are played, one dialogue each; at most those it has.
+      "scenarios": 64,
+    },
     # Devices along each axis of the mesh; one may be -1 for those that are left.
     "mesh": {
       "data": 1,  # copies of the model, each with rows of its own

@@ -24,8 +24,8 @@ from rlver_jax.supervised.chats import ROLES
 REMOTE = "base_url api_key_env concurrency timeout retries first_wait max_wait"
 REMOTE += " token_budget failure_budget"
 FREE = (
-  *("steps", "checkpoint", "log", "compilation_cache", "data.cache_dir"),
-  *("data.held_out", "evaluation"),
+  *("steps", "checkpoint", "log", "evaluation", "compilation_cache"),
+  *("data.cache_dir", "data.held_out"),
   *(f"simulator.remote.{name}" for name in REMOTE.split()),
 )
 

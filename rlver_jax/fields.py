@@ -93,6 +93,7 @@ AT_LEAST = _AT_LEAST | {
   "algorithm.epochs": 1,
   "algorithm.minibatches": 1,
   "training.smallest_row": 1,
+  "evaluation.scenarios": 1,
   "log.dialogues_every": 0,
 }
 

@@ -38,11 +38,11 @@ DISTRIBUTED = flags.DEFINE_bool(
 
 
 class Program(NamedTuple):
-  """What a task does: opens and checks what it reads from, runs, and shows what came of it."""
+  """What a task does: opens and checks what it reads from, runs, and tells what came of it."""
 
   open_sources: Callable[..., Any]
   train: Callable[..., dict[str, Any]]
-  format_summary: Callable[[dict[str, Any]], str]
+  describe: Callable[..., str]
 
 
 def main(argv: list[str]) -> int:
@@ -79,8 +79,15 @@ def main(argv: list[str]) -> int:
   except (Diverged, BudgetSpent) as error:
     print(f"rlver_jax: {error}", file=sys.stderr)
     return 1
-  print(program.format_summary(summary))
+  if jax.process_index() == 0:
+    _show(program.describe(summary, config, sources, folder))
   return 0
+
+
+def _show(text: str) -> None:
+  """Prints what may hold any character, whatever the terminal can show."""
+  encoding = sys.stdout.encoding or "utf-8"
+  print(text.encode(encoding, "replace").decode(encoding), flush=True)
 
 
 def _program(task: str) -> Program:
@@ -88,10 +95,10 @@ def _program(task: str) -> Program:
   if task == "sft":
     from rlver_jax import sft
 
-    return Program(sft.open_sources, sft.train_supervised, sft.format_summary)
-  from rlver_jax import metrics, sources, train
+    return Program(sft.open_sources, sft.train_supervised, sft.describe)
+  from rlver_jax import report, sources, train
 
-  return Program(sources.open_sources, train.train, metrics.format_summary)
+  return Program(sources.open_sources, train.train, report.describe)
 
 
 def default_workdir() -> pathlib.Path:

@@ -4,7 +4,8 @@ Each step gives one flat dictionary of numbers. It goes as one line to `metrics.
 record that resuming, the summary and the reports read, and through clu to TensorBoard and the
 log. Names are `group/name`:
 
-  emotion/*, dialogue/*, tokens/*, format/*, simulator/*   from `dialogue_metrics`
+  emotion/*, dialogue/*, tokens/*, format/*, simulator/*, strategies/*
+                                  of the dialogues, from `dialogue/statistics.py`
   environment/*   by level of difficulty, from `environment.level_metrics`
   remote/*                        counts of a remote simulated user: requests, tokens, failures
   rows/*, reward/*                what is learned from, from `collect.make_experience`
@@ -26,19 +27,16 @@ import os
 import pathlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
 from rlver_jax import files
-from rlver_jax.dialogue import emotion as emotion_lib
-from rlver_jax.dialogue.dialogue import Dialogue
 from rlver_jax.errors import UserError
 
 METRICS_FILE, SUMMARY_FILE, CHECKPOINTS = "metrics.jsonl", "summary.json", "checkpoints"
-ENDS = ("goodbye", "success", "failure", "turns", "length", "failed")  # values of `Dialogue.end`
 
 
 class MetricsWriter:
@@ -196,48 +194,6 @@ class CompileCounter:
         self.seconds += 0.0 if hit else duration
 
 
-def dialogue_metrics(dialogues: Sequence[Dialogue]) -> dict[str, float]:
-  """Metrics of a batch of finished dialogues.
-
-  Emotions are in points (at most 100), rates and `dialogue/end_*` fractions in 0..1, tokens
-  sampled counts; `emotion/turn_01` ... are means over the dialogues that got so far, and
-  `simulator/retry_rate` is the mean number of further appraisals a turn. A dialogue whose user
-  failed has no emotion. A mean or rate over nothing (no reply at all, all users failed)
-  is NaN. Raises ValueError for an empty batch.
-  """
-  longest = max(d.turn for d in dialogues)
-  felt = [d for d in dialogues if not d.failed]
-  final = np.array([d.emotion for d in felt] or [math.nan])
-  turns = [turn for d in dialogues for turn in d.turns]
-  # A reply is pending where the simulator had no room to appraise it.
-  replies = [turn.reply for turn in turns] + [d.pending[0] for d in dialogues if d.pending]
-  answers = [d.opening for d in dialogues] + [a for t in turns for a in (t.plan, t.message)]
-  metrics = {
-    "emotion/final_mean": final.mean(),
-    "emotion/final_min": final.min(),
-    "emotion/final_max": final.max(),
-    "emotion/success_rate": _mean([d.emotion >= emotion_lib.SUCCESS for d in felt]),
-    "emotion/failure_rate": _mean([d.emotion < emotion_lib.FAILURE for d in felt]),
-    "dialogue/turns_mean": len(turns) / len(dialogues),
-    **{f"dialogue/end_{end}": _mean([d.end == end for d in dialogues]) for end in ENDS},
-    "tokens/policy": sum(reply.sampled_tokens for reply in replies),
-    "tokens/simulator": sum(answer.tokens for answer in answers if answer),
-    "tokens/reply_mean": _mean([reply.sampled_tokens for reply in replies]),
-    "format/failure_rate": _mean([not reply.well_formed for reply in replies]),
-    "format/truncated_rate": _mean([not reply.stopped for reply in replies]),
-    "simulator/parse_failure_rate": _mean([not turn.plan.parsed for turn in turns]),
-    "simulator/retry_rate": _mean([turn.plan.retries for turn in turns]),
-  }
-  for i in range(longest):
-    reached = [d.turns[i].emotion for d in felt if d.turn > i]
-    metrics[f"emotion/turn_{i + 1:02d}"] = _mean(reached)
-  return {name: float(value) for name, value in metrics.items()}
-
-
-def _mean(values: Sequence[float]) -> float:
-  return float(np.mean(values)) if values else math.nan
-
-
 def progress_line(step: int, steps: int, scalars: dict[str, float], seconds_per_step: float) -> str:
   """One line under 120 columns after `step` of `steps` (from 1), of the `scalars` that exist."""
   shown = {
@@ -275,8 +231,8 @@ def summary(workdir: str | os.PathLike) -> dict[str, Any]:
   stages = sorted(name for name in totals if name.startswith("seconds/") and name != "seconds/step")
   return {
     "steps": len(records),
-    "first_emotion": _mean(curve[:tenth]) if curve else None,
-    "last_emotion": _mean(curve[-tenth:]) if curve else None,
+    "first_emotion": float(np.mean(curve[:tenth])) if curve else None,
+    "last_emotion": float(np.mean(curve[-tenth:])) if curve else None,
     "best_emotion": best.get(final),
     "best_step": best.get("step"),
     "seconds": totals["seconds/step"],
@@ -295,14 +251,18 @@ def write_summary(workdir: str | os.PathLike, extra: dict[str, Any]) -> dict[str
 
 
 def format_summary(result: dict[str, Any]) -> str:
-  """A summary as a few lines for the terminal; what `write_summary` added comes last."""
+  """A summary as a few lines for the terminal; what `write_summary` added comes last.
+
+  Tables in it are left out: `report.describe` shows them.
+  """
   r, rows = dict(result), {}
   rows["steps"] = f"{r.pop('steps')} in {_clock(r.pop('seconds'))}, {r.pop('tokens'):,} tokens"
   emotions = [r.pop(f"{name}_emotion") for name in ("first", "last", "best")]
   first, last, best = ("none" if e is None else f"{e:.1f}" for e in emotions)
   rows["emotion"] = f"first {first}, last {last}, best {best} at step {r.pop('best_step')}"
   rows["time"] = ", ".join(f"{name} {_clock(s)}" for name, s in r.pop("stage_seconds").items())
-  return "\n".join(f"{name:<12} {value}" for name, value in {**rows, **r}.items())
+  rows |= {name: value for name, value in r.items() if not isinstance(value, dict)}
+  return "\n".join(f"{name:<12} {value}" for name, value in rows.items())
 
 
 def _clock(seconds: float) -> str:

@@ -271,8 +271,8 @@ def write_summary(workdir: pathlib.Path) -> dict[str, Any]:
   return result
 
 
-def format_summary(result: dict[str, Any]) -> str:
-  """A summary as a few lines for the terminal."""
+def describe(result: dict[str, Any], *_: Any) -> str:
+  """A summary as a few lines for the terminal; what it was made from is not needed."""
 
   def loss(name: str) -> str:
     return "none" if result[name] is None else f"{result[name]:.4f}"

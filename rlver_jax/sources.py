@@ -9,8 +9,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rlver_jax import partitioning
+from rlver_jax.dialogue import scenario as scenario_lib
 from rlver_jax.dialogue import templates as templates_lib
 from rlver_jax.dialogue.environment import played
+from rlver_jax.dialogue.scenario import Scenario
 from rlver_jax.dialogue.scenario_dataset import ScenarioSource
 from rlver_jax.dialogue.scenario_dataset import open_source as open_scenarios
 from rlver_jax.dialogue.simulators import language_model
@@ -26,6 +28,7 @@ class Sources:
 
   mesh: Mesh
   scenarios: ScenarioSource
+  heldout: tuple[Scenario, ...]  # those of evaluation.path that are played; none without it
   templates: dict[str, templates_lib.Templates]
   policy: ModelSource
   reference: ModelSource | None
@@ -42,7 +45,8 @@ def open_sources(config: ConfigDict) -> Sources:
       f"mesh.fsdp, which is {partitioning.batch_shards(mesh)}."
     )
   scenarios = open_scenarios(config.data.path, config.data.cache_dir)
-  languages = sorted({s.language for s in scenarios})
+  heldout = _open_heldout(config, scenarios)
+  languages = sorted({s.language for s in (*scenarios, *heldout)})
   folder = config.simulator.templates
   levels = played(config.environment.level, config.environment.weights)
   templates = {language: templates_lib.load(language, folder, levels) for language in languages}
@@ -62,7 +66,7 @@ def open_sources(config: ConfigDict) -> Sources:
     language_model.check_room(
       simulator.tokenizer,
       templates,
-      list(scenarios),
+      [*scenarios, *heldout],
       simulator_settings(config),
       config.simulator.cache_length,
     )
@@ -85,7 +89,27 @@ def open_sources(config: ConfigDict) -> Sources:
     from rlver_jax.dialogue.simulators import remote  # late: others do without the client
 
     remote.check(config.simulator)
-  return Sources(mesh, scenarios, templates, policy, reference, critic, simulator)
+  return Sources(mesh, scenarios, heldout, templates, policy, reference, critic, simulator)
+
+
+def _open_heldout(config: ConfigDict, scenarios: ScenarioSource) -> tuple[Scenario, ...]:
+  """The held-out scenarios; UserError where one of them is trained on."""
+  if not config.evaluation.path:
+    return ()
+  path = scenario_lib.resolve(config.evaluation.path)
+  heldout = scenario_lib.read(path)[0][: config.evaluation.scenarios]
+  trained = {_situation(scenario) for scenario in scenarios}
+  for scenario in heldout:
+    if _situation(scenario) in trained:
+      raise UserError(
+        f"evaluation.path has the scenario {scenario.id!r}, which data.path has too, expected "
+        "scenarios that the run does not train on."
+      )
+  return tuple(heldout)
+
+
+def _situation(scenario: Scenario) -> tuple[str, str, str]:
+  return scenario.persona, scenario.background, scenario.task
 
 
 def _open_critic(config: ConfigDict, policy: ModelSource) -> ModelSource | None:

@@ -11,14 +11,15 @@ from ml_collections import ConfigDict
 
 from rlver_jax import build as build_lib
 from rlver_jax import config as config_lib
+from rlver_jax import heldout, report, trainables
 from rlver_jax import metrics as metrics_lib
-from rlver_jax import trainables
 from rlver_jax import workdir as workdir_lib
 from rlver_jax.checkpoint import Checkpoints
 from rlver_jax.collect import make_experience, play
 from rlver_jax.dialogue import records
 from rlver_jax.dialogue.dialogue import Dialogue
 from rlver_jax.dialogue.environment import level_metrics
+from rlver_jax.dialogue.statistics import dialogue_metrics
 from rlver_jax.errors import BudgetSpent, Diverged
 from rlver_jax.interrupt import Interrupted, Interrupts
 from rlver_jax.rl.learner import LearnerState
@@ -36,12 +37,18 @@ def train(
   """
   compiles = metrics_lib.CompileCounter()
   checkpoints = Checkpoints(str(workdir / "checkpoints"), config.checkpoint.keep)
-  if checkpoints.latest() is not None and checkpoints.latest() >= config.steps:
+  latest = checkpoints.latest()
+  finished = latest is not None and latest >= config.steps
+  if not finished:
+    heldout.forget_after(config, workdir)
+  heldout.check(config, sources, workdir)
+  if finished:
     print(
       f"The run in {workdir} has all its {config.steps} steps; a larger --config.steps goes on."
     )
-    checkpoints.close()
-    return metrics_lib.write_summary(workdir, {})  # a run killed at its very end left none
+    if not heldout.missing(config, sources, workdir, "after"):
+      checkpoints.close()
+      return finish(config, sources, workdir)  # a run killed at its very end left none
   writer = metrics_lib.MetricsWriter(workdir, config.log.tensorboard)
   print("Loading models and compiling ...", flush=True)
   started = time.perf_counter()
@@ -56,7 +63,7 @@ def train(
     return state
 
   spent = workdir_lib.read_spent(workdir)
-  resumed = checkpoints.latest() is not None
+  resumed = latest is not None
   run = build_lib.build(config, sources, restore if resumed else None)
   run.simulator.resume(spent)
   if resumed:
@@ -76,6 +83,8 @@ def train(
   done, reward = first, float("nan")
   timer = metrics_lib.StageTimer()
   try:
+    if first == 0:  # later the policy is no longer what it was before
+      heldout.play(config, sources, run, workdir, "before", interrupts.check)
     for step in range(first, config.steps):
       began = time.perf_counter()
       with timer("rollout"):
@@ -92,7 +101,7 @@ def train(
         done, reward = step + 1, scalars["reward/mean"]
         nonfinite = nonfinite + 1 if learned["update/skipped"] else 0
         environment.observe(played.sampled)
-      scalars |= learned | metrics_lib.dialogue_metrics(played.sampled)
+      scalars |= learned | dialogue_metrics(played.sampled)
       scalars |= level_metrics(played.sampled)
       scalars |= learning_rates(config, run)
       with timer("write"), workdir_lib.writing(workdir):
@@ -121,6 +130,7 @@ def train(
         if done % config.checkpoint.every == 0 or done == config.steps:
           save(done, reward)
       interrupts.check()
+    heldout.play(config, sources, run, workdir, "after", interrupts.check)
   except (Interrupted, Diverged, BudgetSpent):
     save(done, reward)
     raise
@@ -130,7 +140,14 @@ def train(
     run.simulator.close()
     checkpoints.close()
     writer.close()
-  return metrics_lib.write_summary(workdir, {})
+  return finish(config, sources, workdir)
+
+
+def finish(config: ConfigDict, sources: Sources, workdir: pathlib.Path) -> dict[str, Any]:
+  """Writes what a run leaves at its end, from one process; returns the summary."""
+  with workdir_lib.writing(workdir):
+    found = report.write(config, sources, workdir) if jax.process_index() == 0 else {}
+    return metrics_lib.write_summary(workdir, found)
 
 
 def write_dialogues(workdir: pathlib.Path, step: int, dialogues: list[Dialogue]) -> None:

@@ -5,7 +5,10 @@ checkpoints/      orbax checkpoints, by step
 metrics.jsonl     one line a step; tensorboard/ has the same
 dialogues/        the dialogues of each step, JSON lines
 spent.json        what a remote simulated user has cost so far
-summary.json      written when the run ends
+evaluation/       dialogues on held-out scenarios before the first step and after the last
+evaluation.json   what they came to; like the next two, written when the run ends
+curves.png        the metrics as curves
+summary.json      what the run came to
 rescored.jsonl    what `evaluate.py` found when it scored the dialogues anew
 """
 
@@ -90,18 +93,6 @@ def _check(path: pathlib.Path, old: Any, new: dict[str, Any]) -> None:
     )
 
 
-@contextlib.contextmanager
-def writing(workdir: pathlib.Path) -> Iterator[None]:
-  """Around what writes to the folder: a full or read-only disk is the user's to mend."""
-  try:
-    yield
-  except OSError as error:
-    raise UserError(
-      f"workdir {workdir} cannot be written ({error.strerror or error}), expected a writable disk "
-      "with room; the same command goes on from the newest checkpoint."
-    ) from error
-
-
 def read_spent(path: pathlib.Path) -> dict[str, int]:
   """What the earlier starts of the run have spent; UserError where the file is damaged."""
   file = path / SPENT_FILE
@@ -122,6 +113,18 @@ def write_spent(path: pathlib.Path, spent: dict[str, int]) -> None:
   """Keeps what the run has spent, whatever becomes of its steps; nothing where that is nothing."""
   if spent and jax.process_index() == 0:
     write_json(path / SPENT_FILE, spent)
+
+
+@contextlib.contextmanager
+def writing(workdir: pathlib.Path) -> Iterator[None]:
+  """Around what writes to the folder: a full or read-only disk is the user's to mend."""
+  try:
+    yield
+  except OSError as error:
+    raise UserError(
+      f"workdir {workdir} cannot be written ({error.strerror or error}), expected a writable disk "
+      "with room; the same command goes on from the newest checkpoint."
+    ) from error
 
 
 def write_json(file: pathlib.Path, value: Any) -> None:

@@ -385,7 +385,7 @@ def other(value):
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_run_may_change_how_long_it_goes_on_and_what_it_keeps_and_nothing_else(field):
   free = {"steps", "compilation_cache", "data.cache_dir"}
-  may_change = field in free or field.split(".")[0] in ("checkpoint", "log")
+  may_change = field in free or field.split(".")[0] in ("checkpoint", "log", "evaluation")
   if field.startswith("simulator.remote."):  # where and how patiently a model is asked, not which
     may_change = field.rpartition(".")[2] != "model"
   config = grpo.get_config()

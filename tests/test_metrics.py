@@ -1,4 +1,4 @@
-"""Metrics: the record on disk, timers, counters, what is shown, and numbers of dialogues."""
+"""Metrics: the record on disk, timers, counters, and what is shown."""
 
 import json
 import math
@@ -15,19 +15,7 @@ import numpy as np
 import pytest
 
 from rlver_jax import metrics
-from rlver_jax.dialogue.dialogue import (
-  Dialogue,
-  NoRoom,
-  Plan,
-  PolicyReply,
-  Rules,
-  Stage,
-  UserMessage,
-)
-from rlver_jax.dialogue.scenario import Scenario
 from rlver_jax.errors import UserError
-
-SCENARIO = Scenario("s", "persona", "background", "negative", (), "task")
 
 
 def lines(workdir: pathlib.Path) -> list[str]:
@@ -209,83 +197,6 @@ CACHED = """
 def test_programs_from_the_persistent_cache_are_counted_apart(tmp_path):
   assert in_process(CACHED, tmp_path).stdout == "2 0 True\n"
   assert in_process(CACHED, tmp_path).stdout == "0 2 False\n"
-
-
-def dialogue(exchanges, goodbye=False, full=False, opening_tokens=0, rules=None) -> Dialogue:
-  """A dialogue of `exchanges` (change, sampled, plan tokens, message tokens, flags)."""
-  result = Dialogue(0, 0, SCENARIO, rules or Rules())
-  result.advance(UserMessage("hello", tokens=opening_tokens))
-  for i, (change, sampled, planned, said, flags) in enumerate(exchanges):
-    result.advance(PolicyReply("r", None, "m" not in flags, "c" not in flags, sampled))
-    parsed = "p" not in flags
-    result.advance(Plan(change, parsed=parsed, retries=0 if parsed else 2, tokens=planned))
-    if result.stage is not Stage.DONE:
-      last = i == len(exchanges) - 1
-      result.advance(UserMessage("u", goodbye=goodbye and last, tokens=said))
-  if full:
-    result.advance(NoRoom())
-  assert result.stage is Stage.DONE
-  return result
-
-
-def test_metrics_of_dialogues_worked_out_by_hand():
-  easy = Rules(initial_emotion=85)
-  dialogues = [
-    dialogue([(10, 7, 3, 2, ""), (5, 9, 4, 0, "m")], rules=easy),  # 95, 100: success
-    dialogue([(-10, 5, 1, 1, "c"), (-10, 5, 1, 1, ""), (-10, 4, 1, 0, "p")]),  # 20, 10, 0
-    dialogue([(4, 20, 6, 5, "")], goodbye=True, opening_tokens=8),  # 34
-    dialogue([(1, 10, 2, 2, "mcp")], full=True),  # 31, then no room
-    dialogue([(2, 0, 1, 0, "")] * 2, rules=Rules(max_turns=2)),  # 32, 34
-  ]
-  unappraised = Dialogue(0, 0, SCENARIO, Rules(initial_emotion=50))
-  for answer in (UserMessage("hello"), PolicyReply("r", None, True, True, 6), NoRoom()):
-    unappraised.advance(answer)
-  dialogues.append(unappraised)
-  found = metrics.dialogue_metrics(dialogues)
-  expected = {
-    "emotion/final_mean": (100 + 0 + 34 + 31 + 34 + 50) / 6,
-    "emotion/final_min": 0,
-    "emotion/final_max": 100,
-    "emotion/success_rate": 1 / 6,
-    "emotion/failure_rate": 1 / 6,
-    "emotion/turn_01": (95 + 20 + 34 + 31 + 32) / 5,
-    "emotion/turn_02": (100 + 10 + 34) / 3,
-    "emotion/turn_03": 0,
-    "dialogue/turns_mean": (2 + 3 + 1 + 1 + 2) / 6,
-    "dialogue/end_success": 1 / 6,
-    "dialogue/end_failure": 1 / 6,
-    "dialogue/end_goodbye": 1 / 6,
-    "dialogue/end_length": 2 / 6,
-    "dialogue/end_turns": 1 / 6,
-    "dialogue/end_failed": 0,
-    "tokens/policy": 7 + 9 + 5 + 5 + 4 + 20 + 10 + 6,
-    "tokens/simulator": (3 + 2 + 4) + (1 + 1 + 1 + 1 + 1) + (8 + 6 + 5) + (2 + 2) + (1 + 1),
-    "tokens/reply_mean": (7 + 9 + 5 + 5 + 4 + 20 + 10 + 6) / 10,
-    "format/failure_rate": 2 / 10,
-    "format/truncated_rate": 2 / 10,
-    "simulator/parse_failure_rate": 2 / 9,
-    "simulator/retry_rate": 4 / 9,
-  }
-  assert found == pytest.approx(expected)
-  assert all(type(value) is float for value in found.values())
-
-
-def test_emotion_bounds_of_success_and_failure():
-  def rates(initial, change):
-    rules = Rules(initial_emotion=initial, max_turns=1)
-    found = metrics.dialogue_metrics([dialogue([(change, 1, 1, 1, "")], rules=rules)])
-    return found["emotion/success_rate"], found["emotion/failure_rate"]
-
-  assert [rates(95, 4), rates(95, 5), rates(95, 9)] == [(0, 0), (1, 0), (1, 0)]
-  assert [rates(15, -5), rates(15, -6), rates(5, -10)] == [(0, 0), (0, 1), (0, 1)]
-
-
-def test_dialogues_without_a_reply_have_no_rates():
-  found = metrics.dialogue_metrics([dialogue([], full=True)])
-  assert math.isnan(found["format/failure_rate"])
-  assert math.isnan(found["tokens/reply_mean"])
-  assert found["emotion/final_mean"] == 30
-  assert not [name for name in found if name.startswith("emotion/turn")]
 
 
 def test_the_progress_line_shows_what_there_is():

@@ -20,8 +20,8 @@ from rlver_jax.dialogue.rollout import rollout
 from rlver_jax.dialogue.simulators import remote
 from rlver_jax.dialogue.simulators.connection import Connection
 from rlver_jax.dialogue.simulators.language_model import SimulatorSettings
+from rlver_jax.dialogue.statistics import dialogue_metrics
 from rlver_jax.errors import BudgetSpent
-from rlver_jax.metrics import dialogue_metrics
 
 RULES = Rules(max_turns=3, failure_at=-1000, success_at=1000)
 GENERATE = SimulatorSettings("generate", True, 50, 40, 1)

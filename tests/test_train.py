@@ -22,7 +22,8 @@ from rlver_jax.sources import open_sources
 # Of every run, whatever its simulator.
 METRICS = {
   "compile": "from_cache programs seconds",
-  "dialogue": "end_failed end_failure end_goodbye end_length end_success end_turns turns_mean",
+  "dialogue": "end_failed end_failure end_goodbye end_length end_success end_turns turns_mean"
+  " distinct_1 distinct_2 repeated_rate",
   "environment": "vanilla_accepted vanilla_dialogues vanilla_final_mean vanilla_spread",
   "emotion": "failure_rate final_max final_mean final_min success_rate turn_01 turn_02",
   "format": "failure_rate truncated_rate",
@@ -33,6 +34,7 @@ METRICS = {
   " policy_tokens_per_second",
   "seconds": "prepare rollout step update write",
   "simulator": "parse_failure_rate retry_rate",
+  "strategies": "advice balance distinct feeling guide invite matched motives praise side",
   "tokens": "per_second policy reply_mean simulator",
   "update": "clip_fraction entropy gradient_norm kl_sampler learning_rate loss policy_loss"
   " ratio skipped tokens_per_second",

@@ -157,11 +157,14 @@ class Dialogue:
     return [m.text for m in said if m is not None]
 
   @property
+  def replies(self) -> list[PolicyReply]:
+    """The policy's replies so far, whether or not the turn of the last one is finished."""
+    return [t.reply for t in self.turns] + list(self.pending[:1])
+
+  @property
   def last_reply(self) -> PolicyReply | None:
     """The policy's latest reply, whether or not its turn is finished."""
-    if self.pending:
-      return self.pending[0]
-    return self.turns[-1].reply if self.turns else None
+    return self.replies[-1] if self.replies else None
 
   @property
   def failed(self) -> bool:

@@ -13,7 +13,16 @@ from typing import Any
 
 from rlver_jax import json_lines
 from rlver_jax.dialogue import emotion as emotion_lib
-from rlver_jax.dialogue.dialogue import Dialogue, Plan, PolicyReply, Turn, UserMessage
+from rlver_jax.dialogue.dialogue import (
+  Dialogue,
+  Plan,
+  PolicyReply,
+  Rules,
+  Stage,
+  Turn,
+  UserMessage,
+)
+from rlver_jax.dialogue.scenario import Scenario
 from rlver_jax.dialogue.simulators.chat import SILENCE
 from rlver_jax.json_lines import Misfit, field
 from rlver_jax.tokenizer import Tokenizer
@@ -27,9 +36,7 @@ def record(dialogue: Dialogue) -> dict[str, Any]:
     history.append(_user(dialogue.opening, dialogue.rules.initial_emotion, None))
   for turn in dialogue.turns:
     history += [_assistant(turn.reply), _user(turn.message, turn.emotion, turn.plan)]
-  replies = [turn.reply for turn in dialogue.turns]
   if dialogue.pending:  # a last reply that the user had no room to appraise
-    replies.append(dialogue.last_reply)
     history.append(_assistant(dialogue.last_reply))
   return {
     "id": s.id,
@@ -49,7 +56,7 @@ def record(dialogue: Dialogue) -> dict[str, Any]:
     "end": dialogue.end,
     "greedy": dialogue.greedy,
     "tokens": {
-      "policy": sum(reply.sampled_tokens for reply in replies),
+      "policy": sum(reply.sampled_tokens for reply in dialogue.replies),
       "simulator": simulator_tokens(dialogue),
     },
   }
@@ -113,6 +120,22 @@ def exchange(record: Any) -> tuple[UserMessage | None, int | None, tuple[Turn, .
   return opening, field(history[0], "emotion-point", int) if history else None, turns
 
 
+def dialogue_of(record: Any, scenario: Scenario, rules: Rules) -> Dialogue:
+  """The finished dialogue that a record was made of, given its scenario and rules.
+
+  What a record does not hold is lost: the policy's token ids, whether a reply was cut off, which
+  message was a goodbye. Raises Misfit where it is no record.
+  """
+  opening, _, turns = exchange(record)
+  index, group = field(record, "dialogue", int), field(record, "group", int)
+  d = Dialogue(index, group, scenario, rules, greedy=field(record, "greedy", bool))
+  d.opening, d.turns, d.stage = opening, list(turns), Stage.DONE
+  if len(record["history"]) == 2 * len(turns) + 2:  # a last reply that was not appraised
+    d.pending = (_read_reply(record["history"][-1]),)
+  d.emotion, d.end = field(record, "emo_point", int), field(record, "end", str)
+  return d
+
+
 def are_ids(ids: Sequence[Any], tokenizer: Tokenizer) -> bool:
   """Whether these are ids of the tokenizer's ordinary tokens."""
   known = all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in ids)
@@ -125,19 +148,22 @@ def spells(message: UserMessage, tokenizer: Tokenizer) -> bool:
 
 
 def _read_turn(reply: Any, user: Any) -> Turn:
-  if field(reply, "role", str) != "assistant":
-    raise Misfit(f"the role {reply['role']!r:.60}, expected user and assistant in turn")
-  planning = field(user, "planning", dict)
-  thought = field(reply, "thinking", str) if "thinking" in reply else None
-  well_formed = thought is None or field(reply, "well_formed", bool)
-  tokens = field(reply, "tokens", int)
-  said = PolicyReply(field(reply, "content", str), thought, well_formed, True, tokens)
+  said, planning = _read_reply(reply), field(user, "planning", dict)
   plan = Plan(
     field(planning, "change", int), field(planning, "content", str),
     field(planning, "TargetCompletion", str), field(planning, "activity", str),
     field(planning, "analyse", str), field(planning, "parsed", bool),
   )  # fmt: skip
   return Turn(said, plan, field(user, "emotion-point", int), _read_user(user))
+
+
+def _read_reply(entry: Any) -> PolicyReply:
+  if field(entry, "role", str) != "assistant":
+    raise Misfit(f"the role {entry['role']!r:.60}, expected user and assistant in turn")
+  thought = field(entry, "thinking", str) if "thinking" in entry else None
+  well_formed = thought is None or field(entry, "well_formed", bool)
+  tokens = field(entry, "tokens", int)
+  return PolicyReply(field(entry, "content", str), thought, well_formed, True, tokens)
 
 
 def _read_user(entry: Any) -> UserMessage | None:

@@ -26,8 +26,7 @@ def turn_rewards(dialogue: Dialogue, settings: RewardSettings) -> list[float]:
   """
   if dialogue.failed:
     return []
-  replies = [turn.reply for turn in dialogue.turns]
-  replies += [dialogue.pending[0]] if dialogue.pending else []
+  replies = dialogue.replies
   if not replies:
     return []
   rewards = [0.0] * len(replies)

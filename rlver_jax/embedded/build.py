@@ -107,7 +107,7 @@ def train(model: str, workdir: pathlib.Path) -> pathlib.Path:
     sources = sft.open_sources(config)
     run = workdir_lib.claim(str(workdir / f"stage{number}"), config)
     summary = sft.train_supervised(config, sources, run, interrupts)
-    print(sft.format_summary(summary))
+    print(sft.describe(summary))
     exported = workdir / f"exported{number}"
     shutil.rmtree(exported, ignore_errors=True)
     dtype = "bfloat16" if number == last else "float32"
