@@ -87,8 +87,9 @@ def _program(task: str) -> Program:
   """What a task does at each stage of a run."""
   if task == "sft":
     from rlver_jax import sft
+    from rlver_jax.supervised import progress
 
-    return Program(sft.open_sources, sft.train_supervised, sft.format_summary)
+    return Program(sft.open_sources, sft.train_supervised, progress.format_summary)
   from rlver_jax import metrics, sources, train
 
   return Program(sources.open_sources, train.train, metrics.format_summary)

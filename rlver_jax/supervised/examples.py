@@ -4,11 +4,13 @@ Examples are packed into rows, as many as fit. The rows of a run are one endless
 after epoch, each a permutation of the examples that is a function of (seed, epoch).
 """
 
+import hashlib
 import itertools
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from rlver_jax import json_lines
@@ -56,6 +58,16 @@ def read(path: str, config: ConfigDict, tokenizer: Tokenizer) -> list[Example]:
   if not examples:
     raise UserError(f"{path} has nothing to learn, expected at least one example in it.")
   return examples
+
+
+def digest(examples: Sequence[Example]) -> str:
+  """A short fingerprint of examples in their order."""
+  found = hashlib.sha256()
+  for example in examples:
+    for segment in example:
+      numbers = [len(segment.ids), segment.branch, segment.logprobs is not None, *segment.ids]
+      found.update(np.array(numbers, np.int64).tobytes())
+  return found.hexdigest()[:16]
 
 
 def stream(
