@@ -63,7 +63,7 @@ def _validate_fields(config: ConfigDict, checks: Checks) -> None:
   """Raises UserError for the first value that its own table does not allow."""
   for field, allowed in checks.choices.items():
     if (value := get(config, field)) not in allowed:
-      raise UserError(f"{field} is '{value}', expected one of: {', '.join(allowed)}.")
+      raise UserError(f"{field} is '{value}', expected one of: {', '.join(map(str, allowed))}.")
   for field, least in checks.at_least.items():
     if (value := _number(config, field)) < least:
       raise UserError(f"{field} is {value}, expected at least {least}.")

@@ -94,8 +94,9 @@ def _program(task: str) -> Program:
   """What a task does at each stage of a run."""
   if task == "sft":
     from rlver_jax import sft
+    from rlver_jax.supervised import progress
 
-    return Program(sft.open_sources, sft.train_supervised, sft.describe)
+    return Program(sft.open_sources, sft.train_supervised, progress.describe)
   from rlver_jax import report, sources, train
 
   return Program(sources.open_sources, train.train, report.describe)

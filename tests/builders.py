@@ -23,7 +23,7 @@ from rlver_jax.models import weights
 from rlver_jax.models.attention import tree_attention
 from rlver_jax.models.qwen2 import Qwen2, Qwen2Config
 from rlver_jax.sampling.engine import Engine
-from rlver_jax.sampling.requests import EngineSettings
+from rlver_jax.sampling.requests import EngineSettings, Sample
 from rlver_jax.sampling.sampler import Sampling
 
 # Tokens that a model may sample, in the byte-level alphabet (Ċ is a line break, Ġ a space, ä the
@@ -224,7 +224,8 @@ class RecordingEngine(Engine):
 
   asked: (slot, context, numbers, most new tokens) of each request; greedy: the numbers of those
   that were greedy; samples: (slot, sample) of each complete sample; scored: (slot, context,
-  log-probabilities) of each row that was scored.
+  log-probabilities) of each row that was scored. write: given the numbers of a request, the text
+  to take in place of what was drawn, ended as a message is; None: what was drawn.
   """
 
   def __init__(self, *args, **kwargs):
@@ -236,6 +237,7 @@ class RecordingEngine(Engine):
     """Forgets everything, and takes `model` or else the one that it was made with."""
     self.model = model or self.first_model
     self.asked, self.greedy, self.samples, self.scored = [], [], [], []
+    self.write = None
     self.take_stats()
     return self
 
@@ -246,8 +248,15 @@ class RecordingEngine(Engine):
 
   def step(self):
     samples = super().step()
+    if self.write:
+      samples = {slot: self._written(slot) for slot in samples}
     self.samples += samples.items()
     return samples
+
+  def _written(self, slot):
+    numbers = next(numbers for at, _, numbers, _ in reversed(self.asked) if at == slot)
+    ids = [*tokenizer().encode(self.write(numbers)), tokenizer().chat.assistant_end[0]]
+    return Sample(ids, [0.0] * len(ids), stopped=True)
 
   def score(self, contexts):
     answers = super().score(contexts)

@@ -102,12 +102,34 @@ def attend_by_hand(q, k, v, branch_BT):
 # Blocks that do not divide the 10 tokens, that do, and that are longer than the row.
 @pytest.mark.parametrize("query_block", [3, 5, 512])
 def test_attention_equals_a_loop_over_tokens(query_block):
-  branch_BT = np.array([[0, 0, 1, 1, 0, 2, 2, 0, 3, -1], [0, 1, 0, 0, 0, 0, 0, -1, -1, -1]])
-  qkv = random_qkv(10)
+  second, third = DOCUMENT, 2 * DOCUMENT
+  branch_BT = np.array(
+    [
+      [0, 0, 1, 1, 0, 2, 2, 0, 3, -1],
+      [0, 1, 0, 0, 0, 0, 0, -1, -1, -1],
+      [0, 1, 0, second, second, second + 1, second, second + 2, third, third],
+    ]
+  )
+  qkv = random_qkv(10, B=3)
   attention = tree_attention(jnp.asarray(branch_BT), query_block)
   out, state = jax.jit(lambda *qkv: attention(*qkv, 0, {"state": 1}))(*qkv)
   assert state == {"state": 1}
   np.testing.assert_allclose(out, attend_by_hand(*qkv, branch_BT), atol=1e-5)
+
+
+def test_documents_of_a_row_are_as_if_alone(model):
+  """A tree, a plain chain and a tree again, in one row and in a row each."""
+  documents = [BRANCH_T[:14], np.zeros(5, np.int32), BRANCH_T[:9]]
+  ends = np.cumsum([len(d) for d in documents])
+  numbers = np.concatenate([i * DOCUMENT + d for i, d in enumerate(documents)]).astype(np.int32)
+  positions = np.concatenate([tree_positions(d) for d in documents])
+  tokens = np.resize(TOKENS_T, len(numbers))
+  packed = forward(model, tokens[None], positions[None], numbers[None])
+  for document, end in zip(documents, ends, strict=True):
+    here = slice(end - len(document), end)
+    alone = forward(model, tokens[None, here], positions[None, here], document[None])
+    for a, b in zip(packed, alone, strict=True):
+      np.testing.assert_allclose(a[:, here], b, atol=1e-4)
 
 
 @pytest.mark.parametrize("query_block", [6, 7])

@@ -2,12 +2,9 @@
 
 import json
 
-import numpy as np
 import pytest
 import safetensors
 
-from rlver_jax.dialogue.scenario import batch_indices
-from rlver_jax.dialogue.simulators.scripted import details
 from rlver_jax.embedded import build
 from rlver_jax.models import source
 

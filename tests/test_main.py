@@ -95,7 +95,7 @@ def test_a_wrong_flag_is_named(run_main, arguments, expected):
     ("def get_config():\n  return 5\n", "which cannot be read, expected a configuration file."),
     (
       "import ml_collections\ndef get_config():\n  return ml_collections.ConfigDict({'a': 1})\n",
-      "policy.dtype is missing, expected a configuration with all of configs/grpo.py.",
+      "task is missing, expected a configuration with all of configs/grpo.py.",
     ),
   ],
 )

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rlver_jax.dialogue.dialogue import Segment
-from rlver_jax.rl.rows import make_rows, place_rewards, row_length
+from rlver_jax.models.attention import DOCUMENT
+from rlver_jax.rl.rows import make_packed_rows, make_rows, pack, place_rewards, row_length
 
 DIRECT = [
   Segment((10, 11, 12)),
@@ -108,3 +109,64 @@ def test_rewards_lie_where_a_walk_over_the_segments_puts_them(seed):
 def test_every_reply_needs_a_reward_of_its_own(values):
   with pytest.raises(ValueError):
     place_rewards([DIRECT], [values], 10)
+
+
+BRANCHES = [  # a question and two answers in a branch, as a simulated user's turn
+  Segment((10, 11)),
+  Segment((12,)),
+  Segment((20, 21), 1),
+  Segment((30, 31), 1, (0.0, 0.0)),
+  Segment((22,), 1),
+  Segment((32,), 1, (0.0,)),
+  Segment((13, 32)),
+  Segment((33,), 2, (0.0,)),
+]
+
+
+def test_segments_of_one_branch_follow_one_another():
+  rows = rows_of(BRANCHES, length=12)
+  assert rows.tokens.tolist() == [[10, 11, 12, 20, 21, 30, 31, 22, 32, 13, 32, 33]]
+  assert rows.positions.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 8, 3, 4, 5]]
+  assert rows.branch.tolist() == [[0] * 3 + [1] * 6 + [0] * 2 + [2]]
+  assert np.flatnonzero(rows.mask[0]).tolist() == [5, 6, 8, 11]
+
+
+def test_a_packed_row_is_its_documents_one_after_the_other():
+  documents = [THINK, BRANCHES, DIRECT]
+  packed = make_packed_rows([documents, [], [DIRECT]], 40)
+  assert [x.dtype for x in packed] == [x.dtype for x in make_rows([DIRECT], 40)]
+  at = 0
+  for number, document in enumerate(documents):
+    n = row_length(document)
+    alone = make_rows([document], n)
+    for name, together in packed._asdict().items():
+      expected = getattr(alone, name)[0] + (number * DOCUMENT if name == "branch" else 0)
+      np.testing.assert_array_equal(together[0, at : at + n], expected, err_msg=name)
+    at += n
+  assert (packed.branch[0, at:] == -1).all() and not packed.mask[0, at:].any()
+  assert (packed.branch[1] == -1).all()
+  for together, alone in zip(packed, make_rows([DIRECT], 40), strict=True):
+    np.testing.assert_array_equal(together[2], alone[0])
+
+
+def test_the_first_token_of_a_document_is_never_trained():
+  bare = [Segment((5, 6, 7), 0, (0.0,) * 3)]
+  packed = make_packed_rows([[bare, bare]], 8)
+  assert packed.mask.tolist() == [[False, True, True, False, True, True, False, False]]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_documents_are_packed_in_order_and_a_row_ends_where_the_next_does_not_fit(seed):
+  draw = random.Random(seed)
+  lengths = [draw.randint(1, 16) for _ in range(30)]
+  order = draw.sample(range(30), 30)
+  rows = list(pack(iter(order), lengths, 16))
+  assert [i for row in rows for i in row] == order
+  for row, following in zip(rows, [*rows[1:], None], strict=True):
+    used = sum(lengths[i] for i in row)
+    assert row and used <= 16
+    assert following is None or used + lengths[following[0]] > 16
+
+
+def test_nothing_is_packed_into_no_rows():
+  assert list(pack([], [], 8)) == []

@@ -364,7 +364,8 @@ def test_a_level_of_an_own_folder_replaces_what_it_has(tmp_path):
     ("", "easy/en.txt has no section, expected at least one of system, opening, "),
     ("=== policy ===\nTalk.", "easy/en.txt, line 1: unknown section 'policy', expected one of sys"),
     ("=== goodbye ===\nbye", "line 1: unknown section 'goodbye'"),
-    ("=== choice ===\n{emotion}", "line 2: section 'choice' lacks the placeholder {state}"),
+    ("=== system ===\n{task}", "line 2: section 'system' lacks the placeholder {background}"),
+    ("=== message ===\n{state} {emotion}", "section 'message' lacks the placeholder {change}"),
     ("=== plan ===\n{emotion} {state} Content:", "line 2: section 'plan' does not name the label"),
   ],
 )
@@ -378,3 +379,29 @@ def test_a_missing_file_of_a_level_is_named(tmp_path):
   (tmp_path / "en.txt").write_text(MINIMAL, encoding="utf-8")
   with pytest.raises(UserError, match=r"challenging/en\.txt cannot be read"):
     templates_lib.load("en", str(tmp_path), LEVELS[1:])
+
+
+OPTIONAL = {
+  "system": ("persona", "character", "traits"),
+  "opening": ("emotion", "state"),
+  "plan": ("emotion", "state"),
+  "choice": ("emotion", "state"),
+  "message": ("content", "completion", "activity", "feeling"),
+}
+
+
+@pytest.mark.parametrize("section", OPTIONAL)
+def test_what_stands_elsewhere_in_the_chat_need_not_be_said_again(tmp_path, section):
+  """A section without them reads; values are given all the same."""
+  text = builders.package_template("en")
+  head, body = text.split(f"=== {section} ===\n")
+  body, *rest = re.split(r"(?=^=== )", body, maxsplit=1, flags=re.M)
+  for name in OPTIONAL[section]:
+    assert f"{{{name}}}" in body
+    body = body.replace(f"{{{name}}}", "")
+  (tmp_path / "en.txt").write_text(f"{head}=== {section} ===\n{body}{''.join(rest)}", "utf-8")
+  templates = templates_lib.load("en", str(tmp_path))
+  values = {name: f"<{name}>" for name in templates_lib.SECTIONS[section]}
+  rendered = templates.render(section, **values)
+  for name, value in values.items():
+    assert (value in rendered) == (name not in OPTIONAL[section])

@@ -88,6 +88,7 @@ def train(model: str, workdir: pathlib.Path) -> pathlib.Path:
   from rlver_jax import export, sft
   from rlver_jax import workdir as workdir_lib
   from rlver_jax.interrupt import Interrupts
+  from rlver_jax.supervised import progress
 
   interrupts, last = Interrupts(), len(STAGES[model])
   exported, summary = workdir, {}
@@ -107,7 +108,7 @@ def train(model: str, workdir: pathlib.Path) -> pathlib.Path:
     sources = sft.open_sources(config)
     run = workdir_lib.claim(str(workdir / f"stage{number}"), config)
     summary = sft.train_supervised(config, sources, run, interrupts)
-    print(sft.describe(summary))
+    print(progress.describe(summary))
     exported = workdir / f"exported{number}"
     shutil.rmtree(exported, ignore_errors=True)
     dtype = "bfloat16" if number == last else "float32"

@@ -8,11 +8,10 @@ import dataclasses
 import functools
 import pathlib
 import random
-import re
 
 from rlver_jax.dialogue import records, templates
 from rlver_jax.dialogue.dialogue import Dialogue, PolicyReply, Rules, Stage
-from rlver_jax.dialogue.simulators.scripted import ScriptedSimulator
+from rlver_jax.dialogue.simulators.scripted import ScriptedSimulator, details
 from rlver_jax.embedded import helper
 from rlver_jax.embedded.helper import Habits
 from rlver_jax.embedded.scenarios import detail, generator, scenario
@@ -56,19 +55,15 @@ def play(plan: Plan, number: int, seed: int) -> Dialogue:
 
 
 def _reply(plan: Plan, dialogue: Dialogue, thinks: bool, rng: random.Random) -> PolicyReply:
-  told = [d for message in reversed(dialogue.user_messages) for d in details_in(message)]
+  named = details(dialogue.scenario)
+  messages = [message.casefold() for message in reversed(dialogue.user_messages)]
+  told = [d for message in messages for d in named if d.casefold() in message]
   # What was said last is the nearest at hand.
   near = told[:1] * 3 + told[1:] or ["it"]
   earlier = [turn.reply.text for turn in dialogue.turns]
   untold = functools.partial(detail, plan.split, coined=plan.coined)
   made = helper.reply(plan.habits, dialogue.scenario.intention, near, earlier, untold, rng)
   return PolicyReply(made.text, made.thought if thinks else None, True, True, 0)
-
-
-def details_in(message: str) -> list[str]:
-  """The details that a message of the user names, such as "the red ladder"."""
-  found = re.findall(r"\b[Tt]he [a-z]+ [a-z]+\b", message)
-  return [f"the {d[4:]}" for d in found]
 
 
 def _between(rng: random.Random, bounds: tuple[int, int]) -> int:

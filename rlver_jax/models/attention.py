@@ -15,6 +15,7 @@ from rlver_jax.models.qwen2 import Attention
 CONTEXT = 0  # branch number of a context token
 PADDING = -1  # number of a padding token: it sees, and is seen by, padding alone
 DOCUMENT = 1 << 16  # added to the branch numbers of a row's next document
+QUERY_BLOCK = 512  # queries whose scores are alive at a time
 NEGATIVE = -1e30  # a score that softmax turns into zero without producing NaN
 
 
@@ -32,7 +33,7 @@ def context_of(branch: jax.Array) -> jax.Array:
   return jnp.where(branch == PADDING, PADDING, branch // DOCUMENT * DOCUMENT + CONTEXT)
 
 
-def tree_attention(branch_BT: jax.Array, query_block: int = 512) -> Attention:
+def tree_attention(branch_BT: jax.Array, query_block: int = QUERY_BLOCK) -> Attention:
   """Attention for rows whose tokens belong to the branches `branch_BT` (int32; see module).
 
   Queries are processed in equal blocks of at most `query_block`, each recomputed in the backward

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from rlver_jax import partitioning
-from rlver_jax.models.attention import tree_attention
+from rlver_jax.models.attention import QUERY_BLOCK, tree_attention
 from rlver_jax.models.critic import Critic
 from rlver_jax.models.logprobs import token_logprobs
 from rlver_jax.models.lora import Adapted
@@ -94,13 +94,19 @@ class Parts(NamedTuple):
 
 
 def row_logprobs(
-  model: Qwen2 | Adapted, rows: Rows, *, temperature: float, chunk: int
+  model: Qwen2 | Adapted,
+  rows: Rows,
+  *,
+  temperature: float,
+  chunk: int,
+  query_block: int = QUERY_BLOCK,
 ) -> tuple[jax.Array, jax.Array]:
   """Log-probability and entropy (nats, float32 [B, T]) of every token in `rows.mask`, zero
   elsewhere; each stands at its own token, not at the one that predicts it. The logits of about
-  `chunk` tokens are alive at a time."""
+  `chunk` tokens are alive at a time; query_block: see `tree_attention`."""
   B, T = rows.tokens.shape
-  hidden_BTD, _ = model(rows.tokens, rows.positions, tree_attention(rows.branch))
+  attention = tree_attention(rows.branch, query_block)
+  hidden_BTD, _ = model(rows.tokens, rows.positions, attention)
 
   def ahead(x):
     return jnp.roll(x, -1, axis=1)

@@ -4,11 +4,13 @@ Examples are packed into rows, as many as fit. The rows of a run are one endless
 after epoch, each a permutation of the examples that is a function of (seed, epoch).
 """
 
+import hashlib
 import itertools
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from rlver_jax import json_lines
@@ -65,6 +67,16 @@ class _Templates(dict):
   def __missing__(self, language: str) -> templates_lib.Templates:
     self[language] = templates_lib.load(language, self._folder)
     return self[language]
+
+
+def digest(examples: Sequence[Example]) -> str:
+  """A short fingerprint of examples in their order."""
+  found = hashlib.sha256()
+  for example in examples:
+    for segment in example:
+      numbers = [len(segment.ids), segment.branch, segment.logprobs is not None, *segment.ids]
+      found.update(np.array(numbers, np.int64).tobytes())
+  return found.hexdigest()[:16]
 
 
 def stream(

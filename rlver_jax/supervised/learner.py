@@ -25,6 +25,8 @@ from rlver_jax.rl.update import (
   row_logprobs,
 )
 
+QUERY_BLOCK = 128  # on a CPU the scores of so few stay in its cache
+
 
 class SupervisedState(NamedTuple):
   """What training changes; named as in `learner.LearnerState`, so that an export reads both."""
@@ -40,7 +42,7 @@ class SupervisedBatch(NamedTuple):
 
 
 class SupervisedLearner:
-  """The programs of a run, each compiled for one number of rows; the state is passed through.
+  """The programs of a run, each compiled once for a shape of rows; the state is passed through.
 
   policy: what is trained (see `TrainState`), arrays or abstract. microbatch: rows at a time.
   chunk: tokens of a microbatch whose logits are alive at a time. The optimizer does not clip
@@ -72,7 +74,7 @@ class SupervisedLearner:
       ),
       "score": jax.jit(functools.partial(_score, chunk=chunk), out_shardings=everywhere),
     }
-    self._compiled: dict[tuple[str, int], jax.stages.Compiled] = {}
+    self._compiled: dict[tuple[str, tuple[int, ...]], jax.stages.Compiled] = {}
 
   def init(self, policy: Any) -> SupervisedState:
     """A fresh state around `policy`, whose buffers it takes over."""
@@ -100,21 +102,22 @@ class SupervisedLearner:
     """The loss on placed rows, without an update; not waited for."""
     return self._run("score", state, base, rows)
 
-  def compile(self, base: Qwen2 | None, length: int, *, learn: int, score: int) -> None:
-    """Compiles for so many rows of `length` tokens; 0: that program is not needed."""
-    for name, count in (("learn", learn), ("score", score)):
-      if count:
-        shape = (count // self._microbatch, self._microbatch, length)
-        ints, floats, mask = (
-          jax.ShapeDtypeStruct(shape, dtype, sharding=self._rows)
-          for dtype in (jnp.int32, jnp.float32, jnp.bool)
-        )
-        rows = Rows(ints, ints, ints, mask, floats)
-        lowered = self._lower(name, self.abstract_state, base, rows)
-        self._compiled[name, shape[0]] = lowered.compile()
+  def compile(self, base: Qwen2 | None, count: int, length: int, scored: Rows | None) -> None:
+    """Compiles for updates on `count` rows of `length` tokens, and scores of the rows `scored`."""
+    shape = (count // self._microbatch, self._microbatch, length)
+    ints, floats, mask = (
+      jax.ShapeDtypeStruct(shape, dtype, sharding=self._rows)
+      for dtype in (jnp.int32, jnp.float32, jnp.bool)
+    )
+    calls = {"learn": Rows(ints, ints, ints, mask, floats)}
+    if scored is not None:
+      calls["score"] = scored
+    for name, rows in calls.items():
+      lowered = self._lower(name, self.abstract_state, base, rows)
+      self._compiled[name, rows.tokens.shape] = lowered.compile()
 
   def _run(self, name: str, state: SupervisedState, base: Qwen2 | None, rows: Rows) -> Any:
-    key = name, len(rows.tokens)
+    key = name, rows.tokens.shape
     if key not in self._compiled:
       self._compiled[key] = self._lower(name, state, base, rows).compile()
     return self._compiled[key](state, base, rows)
@@ -147,5 +150,5 @@ def _score(state: SupervisedState, base, rows: Rows, *, chunk):
 def _negative_log_likelihood(trained, base, rows: Rows, chunk: int) -> jax.Array:
   """The sum over the trained tokens of rows [b, T], in nats."""
   model = policy_model(trained, Frozen(base))
-  logprobs, _ = row_logprobs(model, rows, temperature=1.0, chunk=chunk)
+  logprobs, _ = row_logprobs(model, rows, temperature=1.0, chunk=chunk, query_block=QUERY_BLOCK)
   return -jnp.sum(logprobs)
