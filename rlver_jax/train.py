@@ -89,6 +89,8 @@ def train(
   try:
     if first == 0:  # later the policy is no longer what it was before
       heldout.play(config, sources, run, workdir, "before", interrupts.check)
+    elif heldout.missing(config, sources, workdir, "before"):
+      print("evaluation.path was not there at the first step: there will be no comparison with it.")
     for step in range(first, config.steps):
       began = time.perf_counter()
       with timer("rollout"):
