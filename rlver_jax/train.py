@@ -33,7 +33,8 @@ class Diverged(Exception):
 def train(
   config: ConfigDict, sources: Sources, workdir: pathlib.Path, interrupts: Interrupts
 ) -> dict[str, Any]:
-  """Runs, or goes on with, the run of `config` in `workdir`; returns the run's summary.
+  """Runs, or goes on with, the run of `config` in `workdir`, with held-out dialogues before its
+  first step and after its last; returns the run's summary.
 
   Raises Interrupted after saving when asked to stop, BudgetSpent after saving when a budget is,
   Diverged when updates stay non-finite, UserError when `workdir` cannot be written or holds what is

@@ -11,14 +11,14 @@ import pytest
 import runs
 from test_train import StopAt
 
-from rlver_jax import heldout, report
+from rlver_jax import build, heldout, report
 from rlver_jax.checkpoint import Checkpoints
 from rlver_jax.errors import UserError
 from rlver_jax.interrupt import Interrupted, Interrupts
 from rlver_jax.metrics import CompileCounter
 from rlver_jax.sources import open_sources
 
-CHANGES = {"steps": 2, "checkpoint.every": 1, "evaluation.scenarios": 3}
+CHANGES = {"checkpoint.every": 2, "evaluation.scenarios": 3}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -106,8 +106,11 @@ def test_training_is_the_same_without_them(run, changes, tmp_path):
 
 def test_a_policy_that_does_not_change_gives_the_same_dialogues(run, changes, tmp_path):
   """Also in fewer slots than there are scenarios."""
-  still = {"optimizer.learning_rate": 0.0, "sampling.slots": 2, "steps": 1}
-  runs.play(runs.config(**changes | still), tmp_path)
+  settings = runs.config(**changes | {"sampling.slots": 2})
+  sources = open_sources(settings)
+  fresh = build.build(settings, sources)
+  for when in heldout.WHENS:
+    heldout.play(settings, sources, fresh, tmp_path, when, lambda: None)
   before = files(run[0])["before.jsonl"]
   assert files(tmp_path) == {"after.jsonl": before, "before.jsonl": before}
 
@@ -115,7 +118,7 @@ def test_a_policy_that_does_not_change_gives_the_same_dialogues(run, changes, tm
 def test_numbers_are_those_of_the_files(run):
   workdir, *_ = run
   found = json.loads((workdir / "evaluation.json").read_text())
-  assert found["scenarios"] == 3 and found["steps"] == 2
+  assert found["scenarios"] == 3 and found["steps"] == 4
   assert list(found["users"]) == ["scripted"]
   summary = json.loads((workdir / "summary.json").read_text())
   assert summary["report"]["held_out"] == found
@@ -144,7 +147,7 @@ def test_a_run_that_is_stopped_while_they_are_played_goes_on(run, changes, tmp_p
   """First before the first step, then after the last; each file is whole or not there."""
   workdir, asked, _ = run
   settings, last = runs.config(**changes), None
-  for n, done, left in ((2, 0, []), (asked, 2, ["before.jsonl"])):
+  for n, done, left in ((2, 0, []), (asked, 4, ["before.jsonl"])):
     with pytest.raises(Interrupted):
       # The second start asks as often as a whole run.
       runs.play(settings, tmp_path, lambda n=n: StopAt(n))
@@ -154,7 +157,7 @@ def test_a_run_that_is_stopped_while_they_are_played_goes_on(run, changes, tmp_p
     assert [file.name for file in folder.glob("*")] == left
   assert not (tmp_path / "summary.json").exists()
   steps = (tmp_path / "metrics.jsonl").read_bytes()
-  assert runs.play(settings, tmp_path)["steps"] == 2
+  assert runs.play(settings, tmp_path)["steps"] == 4
   assert (tmp_path / "metrics.jsonl").read_bytes() == steps
   assert files(tmp_path) == files(workdir)
   assert (tmp_path / "evaluation.json").read_bytes() == (workdir / "evaluation.json").read_bytes()
@@ -172,7 +175,7 @@ def test_what_is_there_is_not_played_again(copied, changes, capsys):
   runs.play(runs.config(**changes), copied)
   assert files(copied) == {"after.jsonl": after, "before.jsonl": text.encode()}
   printed = capsys.readouterr().out
-  assert "has all its 2 steps" in printed
+  assert "has all its 4 steps" in printed
   assert re.findall(r"held out, (\w+): 3 dialogues judged by scripted user", printed) == ["after"]
   for name in ("evaluation.json", "summary.json", "curves.png"):
     assert (copied / name).exists()
@@ -181,17 +184,17 @@ def test_what_is_there_is_not_played_again(copied, changes, capsys):
 @pytest.mark.slow
 def test_more_steps_play_them_again_at_their_end(copied, changes):
   old = files(copied)
-  runs.play(runs.config(**changes | {"steps": 3}), copied)
+  runs.play(runs.config(**changes | {"steps": 5}), copied)
   new = files(copied)
   assert new["before.jsonl"] == old["before.jsonl"] and new["after.jsonl"] != old["after.jsonl"]
-  assert json.loads((copied / "evaluation.json").read_text())["steps"] == 3
+  assert json.loads((copied / "evaluation.json").read_text())["steps"] == 5
 
 
 @pytest.mark.slow
 def test_trained_weights_never_stand_for_those_before(copied, changes, capsys):
   """As where `evaluation.path` is set only when the run goes on."""
   shutil.rmtree(copied / "evaluation")
-  settings = runs.config(**changes | {"steps": 3})
+  settings = runs.config(**changes | {"steps": 5})
   runs.play(settings, copied)
   assert "there will be no comparison with it" in capsys.readouterr().out
   assert list(files(copied)) == ["after.jsonl"]

@@ -421,8 +421,11 @@ def test_held_out_dialogues_are_judged_by_the_model_and_by_the_scripted_user(mod
 
 @pytest.mark.slow
 def test_a_run_with_two_models_that_is_stopped_and_resumed_is_the_same_run(model_run, tmp_path):
+  """First while held-out dialogues are judged by the second user, then in the second step."""
   workdir, settings, _ = model_run
-  check_resumed(workdir, settings, tmp_path, stops=(9,))
+  check_resumed(workdir, settings, tmp_path, stops=(6, 13))
+  for file in (workdir / "evaluation").iterdir():
+    assert (tmp_path / "evaluation" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_the_kl_to_the_reference_starts_at_zero_and_grows(model_run):
