@@ -58,7 +58,18 @@ HOLLOW |= {"clip_on": False}
 def draw(
   records: Sequence[dict[str, Any]], numbers: dict[str, Any], path: str | os.PathLike
 ) -> None:
-  """Draws the curves of a run to a PNG file, all or nothing.
+  """Draws the figure of a run to a PNG file, all or nothing; arguments as `make_figure`.
+
+  Raises OSError where it cannot be written.
+  """
+  path = pathlib.Path(path)
+  temporary = path.with_name(f".{path.name}.tmp")
+  make_figure(records, numbers).savefig(temporary, format="png")
+  os.replace(temporary, path)
+
+
+def make_figure(records: Sequence[dict[str, Any]], numbers: dict[str, Any]) -> Any:
+  """The curves of a run, as a Figure of matplotlib.
 
   Args:
     records: the lines of metrics.jsonl; a metric may be missing or None in any of them.
@@ -91,10 +102,7 @@ def draw(
     if len(lines) > 1:
       axis.legend(loc="best", frameon=False)
   _legend(figure, numbers)
-  path = pathlib.Path(path)
-  temporary = path.with_name(f".{path.name}.tmp")
-  figure.savefig(temporary, format="png")
-  os.replace(temporary, path)
+  return figure
 
 
 def _curve(axis, steps, values, name, colour) -> None:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from rlver_jax import curves, files, heldout, metrics, side_by_side
 from rlver_jax.dialogue.dialogue import Dialogue
-from rlver_jax.dialogue.statistics import STRATEGIES
+from rlver_jax.dialogue.statistics import STRATEGIES, USED
 from rlver_jax.sources import Sources
 
 CURVES_FILE, NUMBERS_FILE = "curves.png", "evaluation.json"
@@ -27,7 +27,7 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
   "tokens": ("reply_tokens", "{:.0f}".format),
   "distinct-1": ("distinct_1", "{:.2f}".format),
   "distinct-2": ("distinct_2", "{:.2f}".format),
-  f"of {len(STRATEGIES)}": ("strategies", "{:.0f}".format),
+  "strategies": ("strategies", "{:.0f}".format),
 }
 
 
@@ -38,10 +38,16 @@ def write(config: ConfigDict, sources: Sources, workdir: pathlib.Path) -> dict[s
   them. Raises UserError where the folder holds what is damaged, OSError where it cannot be written.
   """
   numbers = heldout.numbers(heldout.read(config, sources, workdir))
-  curves.draw(metrics.read_metrics(workdir), numbers, workdir / CURVES_FILE)
+  records = metrics.read_metrics(workdir)
+  curves.draw(records, numbers, workdir / CURVES_FILE)
   found: dict[str, Any] = {"curves": str(workdir / CURVES_FILE)}
   if numbers:
-    found["held_out"] = {"scenarios": len(sources.heldout), "users": numbers}
+    found["held_out"] = {
+      "path": config.evaluation.path,
+      "scenarios": len(sources.heldout),
+      "steps": records[-1]["step"] if records else 0,
+      "users": numbers,
+    }
     found["evaluation"] = str(workdir / NUMBERS_FILE)
     with files.replacing(workdir / NUMBERS_FILE) as file:
       file.write(json.dumps(found["held_out"], indent=2) + "\n")
@@ -80,8 +86,8 @@ def _table(numbers: dict[str, Any], scenarios: int) -> list[str]:
     first, *rest = (f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(row))
     lines.append("  ".join([first, *rest]))
   lines.append(
-    f"tokens: of a reply; of {len(STRATEGIES)}: strategies that meet a need and are in at least 2% "
-    "of the replies"
+    f"(tokens: those of a reply; strategies: how many of the {len(STRATEGIES)} that meet a need "
+    f"are in at least {USED:.0%} of the replies)"
   )
   changes = [
     f"{heldout.label(user)} {gain['mean']:+.1f}"

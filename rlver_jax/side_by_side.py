@@ -112,10 +112,10 @@ def wrap(text: str, columns: int) -> list[str]:
 def _pieces(text: str) -> Sequence[str]:
   """The parts of a text that a line may end after: words with the space behind, wide characters."""
   pieces, start = [], 0
-  for i, character in enumerate(text):
-    following = text[i + 1 : i + 2]
-    wide = _width(character) == 2 or (following and _width(following) == 2)
-    if character == " " or wide:
+  for i, (character, following) in enumerate(itertools.pairwise(text)):
+    widths = _width(character), _width(following)
+    # An accent stays with what it is put on.
+    if character == " " or (2 in widths and widths[1]):
       pieces.append(text[start : i + 1])
       start = i + 1
   return [*pieces, text[start:]]

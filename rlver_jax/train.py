@@ -29,7 +29,8 @@ from rlver_jax.sources import Sources
 def train(
   config: ConfigDict, sources: Sources, workdir: pathlib.Path, interrupts: Interrupts
 ) -> dict[str, Any]:
-  """Runs, or goes on with, the run of `config` in `workdir`; returns the run's summary.
+  """Runs, or goes on with, the run of `config` in `workdir`, with held-out dialogues before its
+  first step and after its last; returns the run's summary.
 
   Raises Interrupted after saving when asked to stop, BudgetSpent after saving when a budget is,
   Diverged when updates stay non-finite, UserError when `workdir` cannot be written or holds what is
@@ -85,6 +86,8 @@ def train(
   try:
     if first == 0:  # later the policy is no longer what it was before
       heldout.play(config, sources, run, workdir, "before", interrupts.check)
+    elif heldout.missing(config, sources, workdir, "before"):
+      print("evaluation.path was not there at the first step: there will be no comparison with it.")
     for step in range(first, config.steps):
       began = time.perf_counter()
       with timer("rollout"):

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from configs import grpo
 from rlver_jax import interrupt, train, trainables
 from rlver_jax.checkpoint import Checkpoints
+from rlver_jax.dialogue import scenario
 from rlver_jax.models import source, weights
 from rlver_jax.partitioning import make_mesh
 from rlver_jax.rl.learner import LearnerState
@@ -163,3 +164,14 @@ def compilation_cache(folder: pathlib.Path):
     for name, value in before.items():
       jax.config.update(name, value)
     compilation_cache_lib.reset_cache()
+
+
+def held_out(folder: pathlib.Path, number: int) -> pathlib.Path:
+  """Writes a scenario file with the package's first English scenarios, each changed a little."""
+  lines = scenario.resolve("en").read_text(encoding="utf-8").splitlines()[:number]
+  path = folder / f"held_out_{number}.jsonl"
+  with open(path, "w", encoding="utf-8") as file:
+    for record in map(json.loads, lines):
+      record |= {"id": f"held-{record['id']}", "scene": f"{record['scene']} It was in spring."}
+      file.write(json.dumps(record) + "\n")
+  return path

@@ -1,5 +1,6 @@
 """The command line: a mistake is one sentence and exit code 2, before anything is loaded."""
 
+import io
 import json
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from absl import flags
 
 from configs import grpo
 from rlver_jax import cli, errors, main, train, workdir
+from rlver_jax.dialogue import records
+from rlver_jax.dialogue.dialogue import Dialogue, Plan, PolicyReply, Rules, UserMessage
 from rlver_jax.interrupt import Interrupted
 from rlver_jax.models import source
 from rlver_jax.sources import Sources
@@ -164,6 +167,38 @@ def test_how_a_run_ends_is_its_exit_code(run_main, tmp_path, monkeypatch, outcom
   found = run_main(GRPO, f"--workdir={tmp_path}", *runs.flags())
   assert found[0] == code and found[2] == err
   assert found[1].splitlines() == [f"1 cpu device(s), workdir {tmp_path}", *filter(None, [out])]
+
+
+def test_a_run_ends_with_its_summary_and_its_report(run_main, tmp_path, monkeypatch):
+  def finished(config, sources, folder, interrupts):
+    (folder / "metrics.jsonl").write_text('{"step": 1, "emotion/final_mean": 31.0}\n')
+    for when, emotion in (("before", 29), ("after", 34)):
+      quiet = Dialogue(0, 0, sources.heldout[0], Rules(max_turns=1))
+      if not quiet.opening:
+        quiet.advance(UserMessage("Hello."))
+      quiet.advance(PolicyReply("Tell me.", None, True, True, 2))
+      quiet.advance(Plan(emotion - 30))
+      records.write(folder / "evaluation" / f"{when}.jsonl", [quiet])
+    return train.finish(config, sources, folder)
+
+  monkeypatch.setattr(train, "train", finished)
+  changes = {"evaluation.path": str(runs.held_out(tmp_path, 1))}
+  code, out, err = run_main(GRPO, f"--workdir={tmp_path}/run", *runs.flags(**changes))
+  assert (code, err) == (0, "")
+  lines = out.splitlines()
+  assert lines[1] == "steps        1 in 0:00:00, 0 tokens"
+  assert lines[4] == f"checkpoints  {tmp_path}/run/checkpoints" and lines[5] == ""
+  assert lines[6] == "1 held-out scenarios, before -> after training:"
+  assert lines[8].startswith("scripted user  29.0 -> 34.0  ")
+  assert "BEFORE: emotion 30 -> 29 (the last turn)         | AFTER: emotion 30 -> 34" in out
+  assert lines[-1] == f"curves: {tmp_path}/run/curves.png"
+
+
+def test_what_a_terminal_cannot_show_does_not_end_the_run(monkeypatch):
+  terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+  monkeypatch.setattr(sys, "stdout", terminal)
+  main._show("é 你 \ud800")
+  assert terminal.buffer.getvalue() == "é ? ?\n".encode("latin-1")
 
 
 def test_overrides_reach_the_run(run_main, tmp_path, monkeypatch):

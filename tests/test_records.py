@@ -223,3 +223,16 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
   with pytest.raises(UnicodeEncodeError):
     records.write(path, [good, good, bad])
   assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("think", [False, True])
+def test_a_dialogue_that_is_read_back_makes_the_same_record(think):
+  for seed in range(60):
+    d, _ = played(seed, think, max_turns=4, initial_emotion=20)
+    kept = json.loads(json.dumps(records.record(d)))
+    again = records.dialogue_of(kept, d.scenario, d.rules)
+    assert records.record(again) == kept
+    assert again.stage is Stage.DONE and again.user_messages == d.user_messages
+    for reply, first in zip(again.replies, d.replies, strict=True):
+      assert (reply.text, reply.thought) == (first.text, first.thought)
+      assert reply.well_formed == (first.well_formed or not think)

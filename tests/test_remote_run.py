@@ -171,7 +171,7 @@ ONE_OF_TWO = """
 def test_two_processes_play_the_same_dialogues(server, tmp_path):
   """The first one alone asks the server; both train on the same, as does one process."""
   server.decide = lambda c: Answer(usual(c).text, delay=0.01 * (c.body["seed"] % 7))
-  more = {"steps": 2, "checkpoint.keep": 1}
+  more = {"steps": 2, "checkpoint.keep": 1, "evaluation.path": str(runs.held_out(tmp_path, 1))}
   runs.play(runs.config(**changes(server) | more), tmp_path / "one")
   server.calls.clear()
   with socket.create_server(("127.0.0.1", 0)) as free:
@@ -187,7 +187,14 @@ def test_two_processes_play_the_same_dialogues(server, tmp_path):
   assert [p.returncode for p in processes] == [0, 0], outputs
   losses = [re.findall(r"step \d/2 .*?(emotion.*?)  \S+ tok/s", out) for out, _ in outputs]
   assert losses[0] == losses[1] and len(losses[0]) == 2
-  assert len(server.calls) == 2 * 4 * 3  # nothing was asked twice
+  assert len(server.calls) == (2 * 4 + 2) * 3  # nothing was asked twice
+  # One of them shows how the run ended; the held-out dialogue was played before and after.
+  shown = ["before -> after training" in out and "BEFORE:" in out for out, _ in outputs]
+  assert shown == [True, False] and "before -> after" not in outputs[1][0]
+  for name in ("before", "after", "before_scripted", "after_scripted"):
+    pair = [tmp_path / folder / "evaluation" / f"{name}.jsonl" for folder in ("one", "two")]
+    a, b = (json.loads(path.read_text(encoding="utf-8")) for path in pair)
+    assert (a["id"], a["end"], a["tokens"]) == (b["id"], b["end"], b["tokens"])
   one, two = (runs.metrics(tmp_path / name) for name in ("one", "two"))
   for a, b in zip(map(runs.reproducible, one), map(runs.reproducible, two), strict=True):
     assert a == pytest.approx(b, rel=1e-3, abs=1e-4)

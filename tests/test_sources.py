@@ -10,6 +10,7 @@ import pytest
 import runs
 
 from rlver_jax import partitioning
+from rlver_jax.dialogue import scenario
 from rlver_jax.dialogue.simulators import chat as chat_lib
 from rlver_jax.errors import UserError
 from rlver_jax.models import source, weights
@@ -308,3 +309,40 @@ def test_a_greedy_user_is_not_asked_again_what_it_would_answer_the_same():
   ):
     config = runs.config(**{"simulator.temperature": temperature, "simulator.kind": kind})
     assert simulator_settings(config).reparse == expected
+
+
+def held_out(folder, **fields) -> dict:
+  """The field that names a file with one held-out scenario, the package's first with changes."""
+  text = scenario.resolve("en").read_text(encoding="utf-8").splitlines()[0]
+  file = folder / "held_out.jsonl"
+  file.write_text(json.dumps(json.loads(text) | fields) + "\n", encoding="utf-8")
+  return {"evaluation.path": str(file)}
+
+
+def test_the_first_held_out_scenarios_are_opened_with_their_languages(tmp_path):
+  path = runs.held_out(tmp_path, 3)
+  number = {"evaluation.path": str(path), "evaluation.scenarios": 2}
+  sources = open_sources(runs.config(**number))
+  assert [s.id for s in sources.heldout] == ["held-en-listen-01", "held-en-listen-02"]
+  assert len(open_sources(runs.config(**number | {"evaluation.scenarios": 9})).heldout) == 3
+  sources = open_sources(runs.config(**{"evaluation.path": "zh"}))
+  assert len(sources.heldout) == 32
+  assert list(sources.templates) == ["en", "zh"]
+  assert open_sources(runs.config()).heldout == ()
+
+
+def test_held_out_scenarios_are_checked_as_those_of_training(tmp_path):
+  assert refusal(**{"evaluation.path": "/none"}).startswith("/none: cannot be read")
+  task = held_out(tmp_path, task="You want tea.")
+  assert "held_out.jsonl, line 1: field 'task'" in refusal(**task)
+  long = held_out(tmp_path, player="Mara " * 3000)
+  text = refusal(**runs.LANGUAGE_MODEL | long)
+  assert "the persona of scenario en-listen-01 takes" in text
+  open_sources(runs.config(**long))  # the scripted user has room for anything
+
+
+def test_a_scenario_that_is_trained_on_is_not_held_out(tmp_path):
+  assert refusal(**held_out(tmp_path, id="renamed")) == (
+    "evaluation.path has the scenario 'renamed', which data.path has too, expected scenarios that "
+    "the run does not train on."
+  )

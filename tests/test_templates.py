@@ -3,6 +3,7 @@
 import random
 import re
 
+import builders
 import pytest
 
 from rlver_jax.dialogue import templates as templates_lib

@@ -314,6 +314,7 @@ def model_run(tmp_path_factory):
   folder = tmp_path_factory.mktemp("model_run")
   moody = runs.save_model(folder / "moody", make_moody)
   changes = {"algorithm.kl_coef": 0.1, "simulator.path": str(moody)}
+  changes |= {"evaluation.path": str(runs.held_out(folder, 3)), "evaluation.scenarios": 2}
   settings = runs.config(**runs.LANGUAGE_MODEL | changes)
   return folder / "run", settings, recorded_run(settings, folder / "run")
 
@@ -403,10 +404,28 @@ def test_replies_to_a_model_are_rewarded_differently(model_run):
   assert max(record["update/gradient_norm"] for record in records) > 0.01
 
 
+def test_held_out_dialogues_are_judged_by_the_model_and_by_the_scripted_user(model_run):
+  workdir, *_ = model_run
+  numbers = json.loads((workdir / "evaluation.json").read_text())["users"]
+  openings = {}
+  for user, suffix in (("language_model", ""), ("scripted", "_scripted")):
+    for when in ("before", "after"):
+      with open(workdir / "evaluation" / f"{when}{suffix}.jsonl", encoding="utf-8") as file:
+        kept = [json.loads(line) for line in file]
+      assert [d["id"] for d in kept] == ["held-en-listen-01", "held-en-listen-02"]
+      assert numbers[user][when]["final_emotion"] == np.mean([d["emo_point"] for d in kept])
+      assert (kept[0]["tokens"]["simulator"] > 0) == (user == "language_model")
+      openings[user, when] = [d["history"][0]["content"] for d in kept]
+    assert openings[user, "before"] == openings[user, "after"]
+
+
 @pytest.mark.slow
 def test_a_run_with_two_models_that_is_stopped_and_resumed_is_the_same_run(model_run, tmp_path):
+  """First while held-out dialogues are judged by the second user, then in the second step."""
   workdir, settings, _ = model_run
-  check_resumed(workdir, settings, tmp_path, stops=(9,))
+  check_resumed(workdir, settings, tmp_path, stops=(6, 13))
+  for file in (workdir / "evaluation").iterdir():
+    assert (tmp_path / "evaluation" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_the_kl_to_the_reference_starts_at_zero_and_grows(model_run):
