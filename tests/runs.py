@@ -29,7 +29,12 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 # part of the update's program.)
 SMALL = {
   "steps": 4,
+  "policy.path": "tiny",
   "simulator.kind": "scripted",
+  "simulator.path": "tiny",
+  "simulator.templates": "",
+  "data.path": "en",
+  "evaluation.path": "",
   "dialogue.scenarios_per_step": 2,
   "dialogue.group_size": 2,
   "dialogue.max_turns": 2,
