@@ -48,16 +48,22 @@ class Stage:
 # Short dialogues first, which cost least a token, then whole ones, for what is far into a dialogue.
 _POLICY = Plan("train", Habits(0.5, 0.2), thinking=0.5, turns=(1, 4), coined=0.4)
 _SIMULATOR = Plan(
-  "train", Habits(0.4, 0.25), thinking=0.0, emotions=(5, 90), turns=(1, 3), unopened=0.1, coined=0.4
+  "train",
+  Habits(0.3, 0.25, foreign=0.03, repeated=0.08, long=0.04),
+  thinking=0.0,
+  emotions=(5, 90),
+  turns=(1, 4),
+  unopened=0.1,
+  coined=0.4,
 )
 STAGES = {
   "policy": (
-    Stage(_POLICY, 9000, 300, 8, 1024, 3e-3),
-    Stage(dataclasses.replace(_POLICY, turns=(5, 10)), 2000, 60, 4, 1792, 1e-3),
+    Stage(_POLICY, 9000, 600, 4, 1024, 3e-3),
+    Stage(dataclasses.replace(_POLICY, turns=(5, 10)), 2000, 120, 2, 1792, 1e-3),
   ),
   "simulator": (
-    Stage(_SIMULATOR, 9000, 400, 8, 1024, 3e-3),
-    Stage(dataclasses.replace(_SIMULATOR, turns=(5, 10)), 2000, 80, 4, 2304, 1e-3),
+    Stage(_SIMULATOR, 12000, 1400, 3, 1216, 3e-3),
+    Stage(dataclasses.replace(_SIMULATOR, turns=(5, 10)), 2000, 150, 2, 2304, 1e-3),
   ),
 }
 HELD_OUT = 100  # dialogues, of the last stage's kind
