@@ -44,20 +44,19 @@ def _small(config: ConfigDict) -> None:
 
 
 def _tiny(config: ConfigDict) -> None:
-  """The embedded policy and simulated user on two CPU cores: they learn in a few minutes."""
-  config.steps = 40
-  config.policy.update(path="tiny-policy", dtype="float32", remat="none")
+  """Embedded models on two CPU cores: the whole loop in a couple of minutes."""
+  config.steps = 10
+  config.policy.dtype = config.simulator.dtype = "float32"
+  config.policy.remat = "none"
   config.simulator.update(
-    path="tiny-simulator", dtype="float32", templates="tiny", temperature=0.7, top_p=1.0,
-    max_plan_tokens=64, max_message_tokens=64, cache_length=1024,
-  )  # fmt: skip
-  config.dialogue.update(mode="direct", scenarios_per_step=8, max_turns=10)
-  config.data.path = "tiny"
-  config.evaluation.path = "tiny-held-out"
+    score="choice", max_plan_tokens=48, max_message_tokens=32, cache_length=3072
+  )
+  config.dialogue.update(mode="direct", scenarios_per_step=4, max_turns=3)
+  config.data.path = "en"
   config.sampling.update(
-    max_new_tokens=48, max_prompt_tokens=96, max_response_tokens=704,
-    extend_buckets=(32, 96), smallest_window=256, decode_steps=64,
+    max_new_tokens=48, max_prompt_tokens=512, max_response_tokens=512,
+    extend_buckets=(64, 256), smallest_window=1024, decode_steps=48,
   )  # fmt: skip
   config.optimizer.learning_rate = 1e-3
-  config.training.update(microbatch=16, smallest_row=400, logprob_chunk=4096)
-  config.checkpoint.every = 10
+  config.training.update(microbatch=16, smallest_row=512, logprob_chunk=512)
+  config.checkpoint.every = 1

@@ -151,9 +151,12 @@ def measure(path: str) -> Fidelity:
   from rlver_jax.sources import open_sources
 
   config = grpo.get_config("tiny")
-  config.simulator.update(path=path, temperature=0.0)
-  config.policy.path = "tiny"  # any: only the user is asked
+  config.simulator.update(
+    path=path, templates="tiny", score="generate", temperature=0.0, top_p=1.0, max_plan_tokens=64,
+    max_message_tokens=64, cache_length=1024,
+  )  # fmt: skip
   config.data.path = SCENARIOS["held_out"][0]
+  config.sampling.update(extend_buckets=(32, 96), smallest_window=256, decode_steps=64)
   plan = Plan("held_out", _POLICY.habits, 0.0, turns=(10, 10))
   dialogues = [dialogues_lib.play(plan, number, SEED) for number in range(SCENARIOS["held_out"][1])]
   sources = open_sources(config)
