@@ -16,9 +16,8 @@ from rlver_jax.errors import UserError
 from rlver_jax.models import hub, weights
 from rlver_jax.models.qwen2 import Qwen2, Qwen2Config
 
-# The paths that name embedded models: sizes and tokenizer without weights, and the two that are
-# made from them (`rlver_jax/embedded/`).
-EMBEDDED = ("tiny", "tiny-policy", "tiny-simulator")
+# The paths that name embedded models.
+EMBEDDED = ("tiny",)
 
 
 @dataclasses.dataclass(frozen=True)
