@@ -15,10 +15,10 @@ import numpy as np
 
 from rlver_jax import partitioning
 from rlver_jax import tokenizer as tokenizer_lib
+from rlver_jax.assets.build_tokenizer import TINY_TOKENIZER
 from rlver_jax.dialogue import templates as templates_lib
 from rlver_jax.dialogue.scenario import Scenario
 from rlver_jax.dialogue.simulators import language_model
-from rlver_jax.embedded.build_tokenizer import TINY_TOKENIZER
 from rlver_jax.models import weights
 from rlver_jax.models.attention import tree_attention
 from rlver_jax.models.qwen2 import Qwen2, Qwen2Config

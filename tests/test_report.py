@@ -5,10 +5,19 @@ import json
 import pytest
 import runs
 
-from rlver_jax import report
+from rlver_jax import metrics, report
 from rlver_jax.dialogue import records
 from rlver_jax.dialogue.dialogue import Dialogue, Failed, Plan, PolicyReply, Rules, UserMessage
 from rlver_jax.sources import open_sources
+
+# Of a run without a step.
+SUMMARY = {
+  "steps": 0,
+  "seconds": 0.0,
+  "tokens": 0,
+  **dict.fromkeys(("first_emotion", "last_emotion", "best_emotion", "best_step")),
+  "stage_seconds": {},
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +70,8 @@ def workdir(tmp_path, sources):
 
 
 def test_the_table_and_the_changes(workdir, settings, sources):
-  text = report.describe(settings, sources, workdir)
-  table = text.partition("\n\n")[0].strip().splitlines()
+  text = report.describe(SUMMARY, settings, sources, workdir)
+  table = text.split("\n\n")[1].splitlines()
   assert table[0] == "4 held-out scenarios, before -> after training:"
   head, model, scripted = (line.split("  ") for line in table[1:4])
   cells = [[cell.strip() for cell in line if cell.strip()] for line in (head, model, scripted)]
@@ -91,8 +100,8 @@ def test_the_table_and_the_changes(workdir, settings, sources):
 
 
 def test_the_dialogues_of_the_median_scenario_stand_side_by_side(workdir, settings, sources):
-  text = report.describe(settings, sources, workdir)
-  shown = text.split("\n\n", 1)[1].splitlines()
+  text = report.describe(SUMMARY, settings, sources, workdir)
+  shown = text.split("\n\n", 2)[2].splitlines()
   assert shown[0] == (
     "Scenario held-en-listen-01 before and after, judged by language model: its change of emotion, "
     "+2,"
@@ -125,4 +134,6 @@ def test_a_run_without_held_out_scenarios_has_curves_alone(tmp_path):
   assert report.write(settings, sources, tmp_path) == {
     "report": {"curves": str(tmp_path / "curves.png")}
   }
-  assert report.describe(settings, sources, tmp_path) == f"\ncurves: {tmp_path / 'curves.png'}"
+  assert report.describe(SUMMARY, settings, sources, tmp_path) == (
+    f"{metrics.format_summary(SUMMARY)}\n\ncurves: {tmp_path / 'curves.png'}"
+  )

@@ -12,7 +12,7 @@ import pytest
 import transformers
 
 from rlver_jax import tokenizer as tokenizer_lib
-from rlver_jax.embedded import build_tokenizer
+from rlver_jax.assets import build_tokenizer
 from rlver_jax.errors import UserError
 
 TINY = build_tokenizer.TINY_TOKENIZER

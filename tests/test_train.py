@@ -443,7 +443,11 @@ def test_every_field_of_the_configuration_is_read_by_a_run(model_run, ppo_run):
   _, settings, read = model_run
   fields = set(config.flatten(settings))
   # In `main`, and by a run with a remote user, which takes the section as a whole.
-  elsewhere = {"compilation_cache", *(f for f in fields if f.startswith("simulator.remote."))}
+  elsewhere = {
+    "task",
+    "compilation_cache",
+    *(f for f in fields if f.startswith("simulator.remote.")),
+  }
   assert fields - read - ppo_run[2] == elsewhere
 
 

@@ -153,6 +153,7 @@ def _read_turn(reply: Any, user: Any) -> Turn:
     field(planning, "change", int), field(planning, "content", str),
     field(planning, "TargetCompletion", str), field(planning, "activity", str),
     field(planning, "analyse", str), field(planning, "parsed", bool),
+    field(planning, "tokens", int), field(planning, "retries", int),
   )  # fmt: skip
   return Turn(said, plan, field(user, "emotion-point", int), _read_user(user))
 

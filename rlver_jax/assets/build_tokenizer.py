@@ -1,11 +1,8 @@
-"""Rebuilds the embedded tokenizer: `python -m rlver_jax.embedded.build_tokenizer`.
+"""Rebuilds the embedded tokenizer: `python -m rlver_jax.assets.build_tokenizer`.
 
 Byte-level BPE with Qwen2.5's way of cutting text into words (every digit by itself) and the
-ChatML markers. It is trained on the phrases of the embedded world and of its scripted user, which
-the tiny models say all the time, and on the package's English prompts and scenarios. The words
-that details are made of are left out, so that those of training and of held-out scenarios are
-cut into pieces alike. The same texts give the same files, and any text can be encoded, since
-each byte is a token.
+ChatML markers, trained on the package's own prompts and scenarios. The same texts give the same
+files, and any text can be encoded, since each byte is a token.
 """
 
 import json
@@ -17,25 +14,15 @@ from collections.abc import Iterator, Sequence
 import tokenizers
 import transformers
 
-from rlver_jax.dialogue.simulators import lexicon
-from rlver_jax.embedded import scenarios
 from rlver_jax.errors import UserError
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent
-LANGUAGE = "en"
-PHRASES_WEIGHT = 30  # how often a phrase counts, against a text of the package
 TINY_TOKENIZER = PACKAGE / "assets" / "tiny"
 VOCAB_SIZE = 2048
 END_OF_TEXT, MESSAGE_START, MESSAGE_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, MESSAGE_START, MESSAGE_END)
 # Every message names its role: often enough that each name is a single token.
 ROLE_TEXTS = ("system", "user", "assistant") * 300
-
-# Of the scripted user: what it thinks and says, not what it listens for.
-USER_LISTS = (
-  "content", "completion", "feeling", "activity", "reaction", "detail", "hint", "need", "opening",
-  "farewell", "characters",
-)  # fmt: skip
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -50,24 +37,13 @@ CHAT_TEMPLATE = """\
 def main() -> None:
   """Trains on the package's texts and replaces the shipped files."""
   texts = package_texts(PACKAGE / "dialogue" / "prompts", PACKAGE / "assets" / "scenarios")
-  said = phrases()
-  save(train([*texts, *said * PHRASES_WEIGHT, *ROLE_TEXTS], VOCAB_SIZE), TINY_TOKENIZER)
-  print(f"{VOCAB_SIZE} ids from {len(texts)} texts and {len(said)} phrases")
-
-
-def phrases() -> list[str]:
-  """What the helper and the scripted user of the embedded world say, details left out."""
-  world, user = scenarios.words(), lexicon.load(LANGUAGE).phrases
-  lists = [world[name] for name in ("people", "stories", "good", "kind", "poor", "need", "intent")]
-  lists += [user[name] for name in USER_LISTS]
-  prompts = PACKAGE / "assets" / "embedded" / "prompts" / f"{LANGUAGE}.txt"
-  return [*_strings(lists), prompts.read_text(encoding="utf-8")]
+  save(train([*texts, *ROLE_TEXTS], VOCAB_SIZE), TINY_TOKENIZER)
+  print(f"{VOCAB_SIZE} ids from {len(texts)} texts, {sum(map(len, texts))} characters")
 
 
 def package_texts(prompts: pathlib.Path, scenarios: pathlib.Path) -> list[str]:
-  """The English prompts (.txt) and every string of the English scenarios (.jsonl)."""
-  prompt_files = sorted(prompts.glob(f"{LANGUAGE}.txt"))
-  scenario_files = sorted(scenarios.glob(f"{LANGUAGE}.jsonl"))
+  """The prompt files (.txt) and every string of the scenario records (.jsonl), in name order."""
+  prompt_files, scenario_files = sorted(prompts.glob("*.txt")), sorted(scenarios.glob("*.jsonl"))
   for folder, files in ((prompts, prompt_files), (scenarios, scenario_files)):
     if not files:
       raise UserError(f"{folder} holds no text to train the tokenizer on, expected .txt or .jsonl")
