@@ -211,7 +211,7 @@ def test_values_that_cannot_work_are_told(chats, changes, words):
 def test_files_that_cannot_work_are_told(chats, finished, tmp_path):
   _, workdir, _ = finished
   cases = {
-    f"workdir {workdir} belongs to": lambda: run(config(tmp_path / "none"), workdir),
+    f"workdir {workdir} belongs to": lambda: run(config(chats, seed=1), workdir),
     f"{tmp_path}/none": lambda: sft.open_sources(config(tmp_path / "none")),
     "training.row_length is 9000": lambda: sft.open_sources(
       config(chats, **{"training.row_length": 9000})
@@ -227,7 +227,7 @@ def test_a_run_does_not_go_on_with_other_examples(chats, finished):
   text = chats.read_text()
   try:
     chats.write_text(text.replace("key 3", "key 33"))
-    with pytest.raises(UserError, match="data.path is .* which gives other examples than the run"):
+    with pytest.raises(UserError, match=r"data.path is .* which gives other examples than the run"):
       run(config(chats, steps=7), workdir)
   finally:
     chats.write_text(text)
