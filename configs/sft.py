@@ -1,7 +1,7 @@
 """Supervised training of a policy or a simulated user: `--config=configs/sft.py[:preset]`.
 
-Presets as in configs/grpo.py, and those that made the models embedded in the package:
-`tiny-policy` and `tiny-simulator` (`rlver_jax/embedded/build.py`). `data.path` names the examples
+Presets as in configs/grpo.py, and `tiny-policy` and `tiny-simulator`, with which
+`rlver_jax/embedded/build.py` makes models of the embedded world. `data.path` names the examples
 and has no default: `--config.data.path=chats.jsonl`. The policy of a run is the model that is
 trained, whoever it plays afterwards.
 """

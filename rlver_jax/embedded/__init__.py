@@ -1,1 +1,1 @@
-"""The embedded world, and how the two tiny models that live in it are made."""
+"""The embedded world, and how tiny models that live in it are made."""

@@ -1,4 +1,4 @@
-"""Rebuilds the embedded models from seeds: `python -m rlver_jax.embedded.build --model=policy`.
+"""Makes models of the embedded world from seeds: `python -m rlver_jax.embedded.build --model=policy`.
 
     --model=policy      a policy warm-started on a mixture of good and poor replies
     --model=simulator   a simulated user distilled from the scripted one, both of its calls
@@ -69,7 +69,7 @@ STAGES = {
 HELD_OUT = 100  # dialogues, of the last stage's kind
 SEEDS = {"policy": 1, "simulator": 2}
 
-MODEL = flags.DEFINE_enum("model", None, [*STAGES, "scenarios"], "What to rebuild.")
+MODEL = flags.DEFINE_enum("model", None, [*STAGES, "scenarios"], "What to make.")
 
 
 def main(argv: list[str]) -> None:
