@@ -1,8 +1,8 @@
-"""Makes models of the embedded world from seeds: `python -m rlver_jax.embedded.build --model=policy`.
+"""Makes models of the embedded world from seeds: `python -m rlver_jax.embedded.build`.
 
     --model=policy      a policy warm-started on a mixture of good and poor replies
     --model=simulator   a simulated user distilled from the scripted one, both of its calls
-    --model=scenarios   the scenario files that the preset `tiny` trains and is compared on
+    --model=scenarios   the package's scenario files `tiny` and `tiny-held-out`
 
 A model is made in four steps, each of which is what a user would do with data of their own:
 dialogues of the embedded world are written as records, `sft.py` trains on them from scratch
