@@ -34,6 +34,7 @@ from rlver_jax.errors import UserError
 from rlver_jax.sources import Sources
 
 STEP = 2**32 - 1  # the last that a random key holds; a training step is never that far
+FOLDER = "evaluation"
 WHENS = ("before", "after")
 SCRIPTED = "scripted"
 # What is compared: name -> metric.
@@ -165,7 +166,7 @@ def _read(path: pathlib.Path, sources: Sources, config: ConfigDict) -> list[Dial
 
 def _file(config: ConfigDict, workdir: pathlib.Path, when: str, user: str) -> pathlib.Path:
   suffix = "" if user == config.simulator.kind else f"_{user}"
-  return workdir / "evaluation" / f"{when}{suffix}.jsonl"
+  return workdir / FOLDER / f"{when}{suffix}.jsonl"
 
 
 def numbers(played: Played) -> dict[str, Any]:

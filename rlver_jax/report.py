@@ -66,7 +66,8 @@ def describe(config: ConfigDict, sources: Sources, workdir: pathlib.Path) -> str
   both = played.get(config.simulator.kind, {})
   if len(both) == len(heldout.WHENS):
     parts += ["", *_dialogues(both["before"], both["after"], config.simulator.kind)]
-  return "\n".join([*parts, "", f"curves: {workdir / CURVES_FILE}"])
+  parts += ["", *([f"dialogues: {workdir / heldout.FOLDER}"] if numbers else [])]
+  return "\n".join([*parts, f"curves: {workdir / CURVES_FILE}"])
 
 
 def _table(numbers: dict[str, Any], scenarios: int) -> list[str]:
