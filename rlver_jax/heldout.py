@@ -26,14 +26,13 @@ from rlver_jax import processes
 from rlver_jax import workdir as workdir_lib
 from rlver_jax.build import Run, build_rules
 from rlver_jax.dialogue import records
-from rlver_jax.dialogue.dialogue import Dialogue
+from rlver_jax.dialogue.dialogue import HELD_OUT_STEP, Dialogue
 from rlver_jax.dialogue.rollout import rollout
 from rlver_jax.dialogue.simulators.scripted import ScriptedSimulator
 from rlver_jax.dialogue.statistics import dialogue_metrics
 from rlver_jax.errors import UserError
 from rlver_jax.sources import Sources
 
-STEP = 2**32 - 1  # the last that a random key holds; a training step is never that far
 FOLDER = "evaluation"
 WHENS = ("before", "after")
 SCRIPTED = "scripted"
@@ -107,7 +106,7 @@ def play(
       group_size=1,
       rules=run.rules,
       slots=run.slots,
-      step=STEP,
+      step=HELD_OUT_STEP,
       on_round=on_round,
     )
     if jax.process_index() == 0:
