@@ -26,7 +26,7 @@ from rlver_jax import json_lines, processes
 from rlver_jax import workdir as workdir_lib
 from rlver_jax.build import Run, build_rules
 from rlver_jax.dialogue import records
-from rlver_jax.dialogue.dialogue import Dialogue
+from rlver_jax.dialogue.dialogue import HELD_OUT_STEP, Dialogue
 from rlver_jax.dialogue.rollout import rollout
 from rlver_jax.dialogue.simulators.scripted import ScriptedSimulator
 from rlver_jax.dialogue.statistics import dialogue_metrics
@@ -34,7 +34,7 @@ from rlver_jax.errors import UserError
 from rlver_jax.json_lines import Misfit
 from rlver_jax.sources import Sources
 
-STEP = 2**32 - 1  # the last that a random key holds; a training step is never that far
+FOLDER = "evaluation"
 WHENS = ("before", "after")
 SCRIPTED = "scripted"
 # What is compared: name -> metric.
@@ -107,7 +107,7 @@ def play(
       group_size=1,
       rules=run.rules,
       slots=run.slots,
-      step=STEP,
+      step=HELD_OUT_STEP,
       on_round=on_round,
     )
     if jax.process_index() == 0:
@@ -165,7 +165,7 @@ def _read(path: pathlib.Path, sources: Sources, config: ConfigDict) -> list[Dial
 
 def _file(config: ConfigDict, workdir: pathlib.Path, when: str, user: str) -> pathlib.Path:
   suffix = "" if user == config.simulator.kind else f"_{user}"
-  return workdir / "evaluation" / f"{when}{suffix}.jsonl"
+  return workdir / FOLDER / f"{when}{suffix}.jsonl"
 
 
 def numbers(played: Played) -> dict[str, Any]:

@@ -68,8 +68,9 @@ def describe(
   both = played.get(config.simulator.kind, {})
   if len(both) == len(heldout.WHENS):
     parts += ["", *_dialogues(both["before"], both["after"], config.simulator.kind)]
+  parts += ["", *([f"dialogues: {workdir / heldout.FOLDER}"] if numbers else [])]
   text = metrics.format_summary(summary)
-  return "\n".join([text, *parts, "", f"curves: {workdir / CURVES_FILE}"])
+  return "\n".join([text, *parts, f"curves: {workdir / CURVES_FILE}"])
 
 
 def _table(numbers: dict[str, Any], scenarios: int) -> list[str]:

@@ -12,10 +12,11 @@ import builders
 import pytest
 import remote_server
 import runs
+from absl import logging as absl_logging
 from remote_server import KEY, SAMPLING, Answer, completion, settings, usual
 
 from rlver_jax.dialogue import records
-from rlver_jax.dialogue.dialogue import PolicyReply, Rules, Segment, Stage
+from rlver_jax.dialogue.dialogue import HELD_OUT_STEP, PolicyReply, Rules, Segment, Stage
 from rlver_jax.dialogue.rollout import rollout
 from rlver_jax.dialogue.simulators import remote
 from rlver_jax.dialogue.simulators.connection import Connection
@@ -482,3 +483,18 @@ def test_two_hundred_dialogues_take_hardly_longer_than_the_slowest_chain(
 def metrics_failed(calls):
   """Dialogues that were answered with what cannot pass."""
   return len({c["helper"].split("/")[0] for c in calls if c["status"] == 400})
+
+
+@pytest.mark.parametrize(
+  ("step", "batch"), [(2, "step 3"), (HELD_OUT_STEP, "the held-out dialogues")]
+)
+def test_a_failure_is_logged_with_its_place(make, server, caplog, step, batch):
+  """Also with the greatest step, whose numbers still give a seed."""
+  server.decide = lambda c: Answer(status=400, body=b"{}")
+  absl_logging.get_absl_logger().addHandler(caplog.handler)
+  try:
+    [dialogue] = play(make(), step=step)
+  finally:
+    absl_logging.get_absl_logger().removeHandler(caplog.handler)
+  assert dialogue.failed
+  assert f"The simulated user of {batch}, dialogue 0, turn 0 failed: " in caplog.text

@@ -14,6 +14,9 @@ from rlver_jax.dialogue import emotion as emotion_lib
 from rlver_jax.dialogue.levels import VANILLA, Level
 from rlver_jax.dialogue.scenario import Scenario
 
+# The step of dialogues that belong to none of a run's: the last number that a random key holds.
+HELD_OUT_STEP = 2**32 - 1
+
 
 class Stage(enum.Enum):
   """What a dialogue is waiting for."""

@@ -23,7 +23,15 @@ from ml_collections import ConfigDict
 from rlver_jax import processes
 from rlver_jax.dialogue import emotion as emotion_lib
 from rlver_jax.dialogue.answers import PLAN_FIELDS, parse_change
-from rlver_jax.dialogue.dialogue import Answer, Dialogue, Failed, Plan, Stage, UserMessage
+from rlver_jax.dialogue.dialogue import (
+  HELD_OUT_STEP,
+  Answer,
+  Dialogue,
+  Failed,
+  Plan,
+  Stage,
+  UserMessage,
+)
 from rlver_jax.dialogue.simulators import connection as connection_lib
 from rlver_jax.dialogue.simulators.base import Simulator
 from rlver_jax.dialogue.simulators.chat import SILENCE, persona_text
@@ -211,7 +219,9 @@ class RemoteSimulator(Simulator):
     except CallFailed as failure:
       counts["failures"] += 1
       self._last_failure = str(failure)
-      where = f"step {self._step + 1}, dialogue {chat.dialogue.index}, turn {chat.dialogue.turn}"
+      held_out = self._step == HELD_OUT_STEP
+      batch = "the held-out dialogues" if held_out else f"step {self._step + 1}"
+      where = f"{batch}, dialogue {chat.dialogue.index}, turn {chat.dialogue.turn}"
       logging.warning("The simulated user of %s failed: %s.", where, failure)
       answer = Failed()
     except Exception as error:  # a mistake of ours, to be raised where the rollout is
