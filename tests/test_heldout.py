@@ -195,12 +195,12 @@ def test_trained_weights_never_stand_for_those_before(copied, changes, capsys):
   """As where `evaluation.path` is set only when the run goes on."""
   shutil.rmtree(copied / "evaluation")
   settings = runs.config(**changes | {"steps": 5})
-  runs.play(settings, copied)
+  summary = runs.play(settings, copied)
   assert "there will be no comparison with it" in capsys.readouterr().out
   assert list(files(copied)) == ["after.jsonl"]
   found = json.loads((copied / "evaluation.json").read_text())["users"]["scripted"]
   assert list(found) == ["after"]
-  text = report.describe(settings, open_sources(settings), copied)
+  text = report.describe(summary, settings, open_sources(settings), copied)
   emotion = found["after"]["final_emotion"]
   assert re.search(rf"scripted user +- -> {emotion:.1f} ", text)
   assert "USER:" not in text and "change of emotion" not in text
