@@ -11,13 +11,13 @@ judged alike. Final emotions of different levels do not compare: the metrics are
 import bisect
 import collections
 import dataclasses
-import hashlib
 import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from rlver_jax import draws
 from rlver_jax.dialogue import levels as levels_lib
 from rlver_jax.dialogue.dialogue import Dialogue
 from rlver_jax.dialogue.levels import Level
@@ -71,9 +71,8 @@ class Environment:
     return [self._levels[name]] * groups
 
   def _drawn(self, step: int, group: int) -> str:
-    key = repr((self._seed, "level", step, group)).encode()
-    bits = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 11
-    return self._names[bisect.bisect(self._shares, bits / 2**53 * self._shares[-1])]
+    share = draws.share(self._seed, "level", step, group)
+    return self._names[bisect.bisect(self._shares, share * self._shares[-1])]
 
   def observe(self, dialogues: Sequence[Dialogue]) -> None:
     """Takes the finished dialogues of a step, which may move a curriculum. Those whose user failed

@@ -9,7 +9,6 @@ scenarios and different words; they share no text beyond templates.
 
 import dataclasses
 import functools
-import hashlib
 import importlib.resources
 import json
 import random
@@ -18,6 +17,7 @@ import tomllib
 from collections.abc import Sequence
 from typing import Any
 
+from rlver_jax import draws
 from rlver_jax.dialogue import scenario as scenario_lib
 from rlver_jax.dialogue.dialogue import Dialogue, Rules
 from rlver_jax.dialogue.scenario import Scenario
@@ -39,8 +39,7 @@ def words() -> dict[str, Any]:
 
 def generator(*what) -> random.Random:
   """Random numbers that are a function of what they are for, on any machine."""
-  digest = hashlib.blake2b(repr(what).encode(), digest_size=8).digest()
-  return random.Random(int.from_bytes(digest, "big"))
+  return random.Random(draws.number(*what))
 
 
 def pick(rng: random.Random, values: Sequence[Any]) -> Any:

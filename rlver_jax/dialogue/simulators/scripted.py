@@ -8,9 +8,9 @@ the ground truth that a small language model can be distilled from.
 """
 
 import functools
-import hashlib
 import re
 
+from rlver_jax import draws
 from rlver_jax.dialogue import emotion as emotion_lib
 from rlver_jax.dialogue.dialogue import Dialogue, Plan, Stage, UserMessage
 from rlver_jax.dialogue.scenario import Scenario
@@ -147,12 +147,14 @@ class ScriptedSimulator(Simulator):
 
   def _share(self, dialogue: Dialogue, *what) -> float:
     """A number in 0..1, below 1, as `_hash`."""
-    return (self._hash(dialogue, *what) >> 11) / 2**53
+    return draws.share(*self._place(dialogue), *what)
 
   def _hash(self, dialogue: Dialogue, *what) -> int:
     """A number from (seed, step, dialogue) and what it is for."""
-    key = repr((self._seed, self._step, dialogue.index, dialogue.scenario.id, *what))
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+    return draws.number(*self._place(dialogue), *what)
+
+  def _place(self, dialogue: Dialogue) -> tuple:
+    return self._seed, self._step, dialogue.index, dialogue.scenario.id
 
 
 @functools.lru_cache(maxsize=1024)
