@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from rlver_jax import config as config_lib
 from rlver_jax import metrics as metrics_lib
-from rlver_jax import partitioning, trainables
+from rlver_jax import trainables
 from rlver_jax.checkpoint import Checkpoints
 from rlver_jax.errors import Diverged, UserError
 from rlver_jax.interrupt import Interrupted, Interrupts
@@ -24,6 +24,7 @@ from rlver_jax.models import source as model_source
 from rlver_jax.models.source import ModelSource
 from rlver_jax.rl.prepare import Frozen
 from rlver_jax.rl.rows import Rows, make_packed_rows, pack, row_length
+from rlver_jax.sources import check_positions, open_mesh
 from rlver_jax.supervised import examples as examples_lib
 from rlver_jax.supervised.examples import Example
 from rlver_jax.supervised.learner import SupervisedLearner
@@ -44,12 +45,7 @@ class SupervisedSources:
 
 def open_sources(config: ConfigDict) -> SupervisedSources:
   """Opens and checks everything that costs little; raises UserError for what is wrong."""
-  mesh, t, p = partitioning.make_mesh(**config.mesh), config.training, config.policy
-  if t.microbatch % partitioning.batch_shards(mesh):
-    raise UserError(
-      f"training.microbatch is {t.microbatch}, expected a multiple of mesh.data * mesh.fsdp, which "
-      f"is {partitioning.batch_shards(mesh)}."
-    )
+  mesh, p = open_mesh(config), config.policy
   policy = model_source.open_source(
     p.path,
     "policy.path",
@@ -58,11 +54,7 @@ def open_sources(config: ConfigDict) -> SupervisedSources:
     remat=p.remat,
     from_scratch=p.from_scratch,
   )
-  if t.row_length > (positions := policy.config.max_position_embeddings):
-    raise UserError(
-      f"training.row_length is {t.row_length}, expected at most the {positions} positions of the "
-      "policy model."
-    )
+  check_positions("policy", policy, "training.row_length", config.training.row_length)
   examples = examples_lib.read(config.data.path, config, policy.tokenizer)
   held_out = []
   if config.data.held_out:

@@ -38,12 +38,7 @@ class Sources:
 
 def open_sources(config: ConfigDict) -> Sources:
   """Opens and checks everything that costs little; raises UserError for what is wrong."""
-  mesh = partitioning.make_mesh(**config.mesh)
-  if config.training.microbatch % partitioning.batch_shards(mesh):
-    raise UserError(
-      f"training.microbatch is {config.training.microbatch}, expected a multiple of mesh.data * "
-      f"mesh.fsdp, which is {partitioning.batch_shards(mesh)}."
-    )
+  mesh = open_mesh(config)
   scenarios = open_scenarios(config.data.path, config.data.cache_dir)
   heldout = _open_heldout(config, scenarios)
   languages = sorted({s.language for s in (*scenarios, *heldout)})
@@ -62,7 +57,7 @@ def open_sources(config: ConfigDict) -> Sources:
   simulator = None
   if config.simulator.kind == "language_model":
     simulator = model_source.open_source(config.simulator.path, "simulator.path", **frozen)
-    _check_positions("simulator", simulator, config.simulator.cache_length)
+    check_positions("simulator", simulator, "simulator.cache_length", config.simulator.cache_length)
     language_model.check_room(
       simulator.tokenizer,
       templates,
@@ -90,6 +85,17 @@ def open_sources(config: ConfigDict) -> Sources:
 
     remote.check(config.simulator)
   return Sources(mesh, scenarios, heldout, templates, policy, reference, critic, simulator)
+
+
+def open_mesh(config: ConfigDict) -> Mesh:
+  """The mesh of a run of any task, which must divide its microbatches."""
+  mesh, microbatch = partitioning.make_mesh(**config.mesh), config.training.microbatch
+  if microbatch % (shards := partitioning.batch_shards(mesh)):
+    raise UserError(
+      f"training.microbatch is {microbatch}, expected a multiple of mesh.data * mesh.fsdp, which "
+      f"is {shards}."
+    )
+  return mesh
 
 
 def _open_heldout(config: ConfigDict, scenarios: ScenarioSource) -> tuple[Scenario, ...]:
@@ -162,19 +168,15 @@ def _check_policy_room(
       f"sampling.max_new_tokens is {s.max_new_tokens}, expected at most "
       f"sampling.max_response_tokens ({s.max_response_tokens})."
     )
-  _check_positions("policy", source, s.max_prompt_tokens + s.max_response_tokens)
+  field = "sampling.max_prompt_tokens + sampling.max_response_tokens"
+  check_positions("policy", source, field, s.max_prompt_tokens + s.max_response_tokens)
 
 
-def _check_positions(name: str, source: ModelSource, cache_length: int) -> None:
-  if cache_length > source.config.max_position_embeddings:
-    field = (
-      "simulator.cache_length"
-      if name == "simulator"
-      else "sampling.max_prompt_tokens + sampling.max_response_tokens"
-    )
+def check_positions(name: str, source: ModelSource, field: str, length: int) -> None:
+  """Raises UserError where `field` asks for more positions, `length`, than the model has."""
+  if length > (positions := source.config.max_position_embeddings):
     raise UserError(
-      f"{field} is {cache_length}, expected at most the {source.config.max_position_embeddings} "
-      f"positions of the {name} model."
+      f"{field} is {length}, expected at most the {positions} positions of the {name} model."
     )
 
 
