@@ -5,6 +5,7 @@ import json
 import math
 import re
 import urllib.parse
+from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -30,7 +31,12 @@ FREE = (
 )
 
 
-_FILES = {"rl": "configs/grpo.py", "sft": "configs/sft.py"}
+# The file of each task that has all its fields.
+_RECIPES = {"rl": grpo, "sft": sft}
+
+
+def _recipe(config: ConfigDict) -> ModuleType:
+  return _RECIPES.get(config.get("task"), grpo)
 
 
 def get(config: ConfigDict, field: str) -> Any:
@@ -38,7 +44,7 @@ def get(config: ConfigDict, field: str) -> Any:
   value = config
   for name in field.split("."):
     if name not in value:
-      file = _FILES.get(config.get("task"), _FILES["rl"])
+      file = _recipe(config).__name__.replace(".", "/") + ".py"
       raise UserError(f"{field} is missing, expected a configuration with all of {file}.")
     value = value[name]
   return value
@@ -264,8 +270,7 @@ def unflatten(flat: dict[str, Any]) -> ConfigDict:
         section[parent] = ConfigDict()
       section = section[parent]
     section[name] = value
-  of_task = sft if config.get("task") == "sft" else grpo
-  for field in flatten(of_task.get_config()):
+  for field in flatten(_recipe(config).get_config()):
     get(config, field)
   return config
 
