@@ -61,14 +61,7 @@ def users(config: ConfigDict) -> list[str]:
 
 def check(config: ConfigDict, sources: Sources, workdir: pathlib.Path) -> None:
   """Raises UserError, in all processes, where the folder's files are not of these scenarios."""
-  found = ""
-  if jax.process_index() == 0:
-    try:
-      read(config, sources, workdir)
-    except UserError as error:
-      found = str(error)
-  if found := processes.from_first(found.encode()).decode():
-    raise UserError(found)
+  processes.check_in_first(lambda: read(config, sources, workdir))
 
 
 def missing(config: ConfigDict, sources: Sources, workdir: pathlib.Path, when: str) -> list[str]:

@@ -1,8 +1,12 @@
 """What the processes of a run must agree on, told by the first of them."""
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from rlver_jax.errors import UserError
 
 CHUNK = 16 * 1024  # bytes sent at a time: one program, whatever the length
 
@@ -22,6 +26,18 @@ def from_first(message: bytes) -> bytes:
     chunk = _broadcast(sent[len(received) : len(received) + CHUNK])
     received = np.concatenate([received, chunk])
   return received[8:length].tobytes()
+
+
+def check_in_first(check: Callable[[], object]) -> None:
+  """Runs a check in the first process; the UserError that it may raise is raised in all of them."""
+  found = ""
+  if jax.process_index() == 0:
+    try:
+      check()
+    except UserError as error:
+      found = str(error)
+  if found := from_first(found.encode()).decode():
+    raise UserError(found)
 
 
 def _broadcast(part: np.ndarray) -> np.ndarray:

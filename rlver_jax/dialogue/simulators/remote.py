@@ -46,7 +46,7 @@ from rlver_jax.dialogue.simulators.connection import (
 )
 from rlver_jax.dialogue.simulators.language_model import SimulatorSettings
 from rlver_jax.dialogue.templates import Templates
-from rlver_jax.errors import BudgetSpent, UserError
+from rlver_jax.errors import BudgetSpent
 
 OPENING_CALL, PLAN_CALL, MESSAGE_CALL, CHOICE_CALL = 1, 2, 3, 4
 CHOICE_TOKENS = 8  # enough for any integer in -10..10
@@ -77,14 +77,7 @@ def check(c: ConfigDict) -> None:
 
   Raises UserError in all processes for what the first one finds.
   """
-  found = ""
-  if jax.process_index() == 0:
-    try:
-      connection_lib.check(*_settings(c))
-    except UserError as error:
-      found = str(error)
-  if found := processes.from_first(found.encode()).decode():
-    raise UserError(found)
+  processes.check_in_first(lambda: connection_lib.check(*_settings(c)))
 
 
 def build(
