@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from rlver_jax.dialogue import scenario as scenario_lib
-from rlver_jax.dialogue import templates
-from rlver_jax.dialogue.dialogue import Dialogue, PolicyReply, Rules, Stage
+from rlver_jax.dialogue.dialogue import Dialogue, PolicyReply, Rules
 from rlver_jax.dialogue.simulators.appraisal import NEEDS, appraise, features
 from rlver_jax.dialogue.simulators.lexicon import content_of
-from rlver_jax.dialogue.simulators.scripted import ScriptedSimulator, details
+from rlver_jax.dialogue.simulators.scripted import details
 from rlver_jax.embedded import build, dialogues, helper, scenarios
 from rlver_jax.embedded.dialogues import Plan
 from rlver_jax.embedded.helper import Habits
@@ -70,10 +69,11 @@ def test_a_scenario_is_a_function_of_split_number_and_seed():
   assert all(other.background != first.background for other in others)
 
 
-def test_the_shipped_scenario_files_are_those_of_the_build():
+def test_the_shipped_scenario_files_are_those_of_the_build(tmp_path):
   for split, (name, count) in build.SCENARIOS.items():
     path = scenario_lib.resolve(name)
-    assert path.read_text("utf-8") == scenarios.as_lines(split, count, build.SEED)
+    scenarios.write(tmp_path / name, split, count, build.SEED)
+    assert path.read_text("utf-8") == (tmp_path / name).read_text("utf-8")
     found, _ = scenario_lib.read(path)
     counts = [sum(s.intention == name for s in found) for name in scenarios.INTENTIONS]
     assert counts == [count // 8] * 8
@@ -165,13 +165,7 @@ def _mean_final(reply_of, count: int = 64) -> float:
   finals = []
   for number in range(count):
     d = Dialogue(number, number, scenarios.scenario("held_out", number, 0), Rules(max_turns=10))
-    user = ScriptedSimulator({"en": templates.load("en")}, 0)
-    while d.stage is not Stage.DONE:
-      if d.stage is Stage.POLICY:
-        d.advance(PolicyReply(reply_of(d), None, True, True, 0))
-      else:
-        user.submit(0, d)
-        d.advance(user.poll()[0])
+    dialogues.finish(d, 0, lambda d: PolicyReply(reply_of(d), None, True, True, 0))
     finals.append(d.emotion)
   return float(np.mean(finals))
 

@@ -14,6 +14,7 @@ import importlib.resources
 import json
 import pathlib
 import re
+from typing import Any
 
 from rlver_jax.errors import UserError
 from rlver_jax.permutation import permutation
@@ -150,6 +151,12 @@ def parse(line: str, path: str | pathlib.Path, number: int) -> Scenario:
       fields[name] = _text(record, key, where, may_be_empty=name in _OPTIONAL)
   _intention(fields["task"], where)
   return Scenario(**fields)
+
+
+def as_record(scenario: Scenario) -> dict[str, Any]:
+  """The scenario in the published format, of which `parse` reads one line."""
+  values = {key: getattr(scenario, name) for name, key in _JSON_KEYS.items()}
+  return values | {_JSON_KEYS["traits"]: list(scenario.traits)}
 
 
 def batch_indices(length: int, step: int, batch_size: int, seed: int) -> list[int]:

@@ -19,7 +19,7 @@ import shutil
 
 from absl import flags
 
-from rlver_jax import cli, files
+from rlver_jax import cli
 from rlver_jax.embedded import dialogues as dialogues_lib
 from rlver_jax.embedded import scenarios as scenarios_lib
 from rlver_jax.embedded.dialogues import Plan
@@ -66,7 +66,7 @@ STAGES = {
     Stage(dataclasses.replace(_SIMULATOR, turns=(5, 10)), 2000, 150, 2, 2304, 1e-3),
   ),
 }
-HELD_OUT = 100  # dialogues, of the last stage's kind
+HELD_OUT = 100  # dialogues that a stage is measured on
 SEEDS = {"policy": 1, "simulator": 2}
 
 MODEL = flags.DEFINE_enum("model", None, [*STAGES, "scenarios"], "What to make.")
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
     raise UserError("--model is missing, expected one of: policy, simulator, scenarios.")
   if MODEL.value == "scenarios":
     for split, (name, count) in SCENARIOS.items():
-      _write(ASSETS / "scenarios" / f"{name}.jsonl", scenarios_lib.as_lines(split, count, SEED))
+      scenarios_lib.write(ASSETS / "scenarios" / f"{name}.jsonl", split, count, SEED)
       print(f"Wrote {count} scenarios to {name}.jsonl.")
     return
   workdir = pathlib.Path(cli.WORKDIR.value or f"runs/embedded-{MODEL.value}").expanduser()
@@ -130,7 +130,7 @@ def train(model: str, workdir: pathlib.Path) -> pathlib.Path:
     "files": digests(exported),
   }
   print(json.dumps(held_out))
-  _write(exported / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+  workdir_lib.write_json(exported / MANIFEST, manifest)
   return exported
 
 
@@ -177,11 +177,6 @@ def install(made: pathlib.Path, directory: pathlib.Path) -> None:
     temporary = directory / f".{path.name}.tmp"
     shutil.copyfile(path, temporary)
     os.replace(temporary, directory / path.name)
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-  with files.replacing(path) as file:
-    file.write(text)
 
 
 if __name__ == "__main__":

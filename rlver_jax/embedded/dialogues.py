@@ -8,13 +8,14 @@ import dataclasses
 import functools
 import pathlib
 import random
+from collections.abc import Callable
 
-from rlver_jax.dialogue import records, templates
+from rlver_jax.dialogue import records
 from rlver_jax.dialogue.dialogue import Dialogue, PolicyReply, Rules, Stage
-from rlver_jax.dialogue.simulators.scripted import ScriptedSimulator, details
+from rlver_jax.dialogue.simulators.scripted import details
 from rlver_jax.embedded import helper
 from rlver_jax.embedded.helper import Habits
-from rlver_jax.embedded.scenarios import detail, generator, scenario
+from rlver_jax.embedded.scenarios import detail, generator, scenario, scripted_user
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +45,15 @@ def play(plan: Plan, number: int, seed: int) -> Dialogue:
   thinks = rng.random() < plan.thinking
   told = scenario(plan.split, number, seed, opened, plan.coined)
   dialogue = Dialogue(number, number, told, rules)
-  user = ScriptedSimulator({"en": templates.load("en")}, seed)
+  return finish(dialogue, seed, lambda d: _reply(plan, d, thinks, rng))
+
+
+def finish(dialogue: Dialogue, seed: int, reply: Callable[[Dialogue], PolicyReply]) -> Dialogue:
+  """Plays a dialogue with the scripted user to its end; returns it."""
+  user = scripted_user(seed)
   while dialogue.stage is not Stage.DONE:
     if dialogue.stage is Stage.POLICY:
-      dialogue.advance(_reply(plan, dialogue, thinks, rng))
+      dialogue.advance(reply(dialogue))
     else:
       user.submit(0, dialogue)
       dialogue.advance(user.poll()[0])

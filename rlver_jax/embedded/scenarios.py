@@ -10,15 +10,16 @@ scenarios and different words; they share no text beyond templates.
 import dataclasses
 import functools
 import importlib.resources
-import json
+import pathlib
 import random
 import re
 import tomllib
 from collections.abc import Sequence
 from typing import Any
 
-from rlver_jax import draws
+from rlver_jax import draws, json_lines
 from rlver_jax.dialogue import scenario as scenario_lib
+from rlver_jax.dialogue import templates
 from rlver_jax.dialogue.dialogue import Dialogue, Rules
 from rlver_jax.dialogue.scenario import Scenario
 from rlver_jax.dialogue.simulators.scripted import ScriptedSimulator
@@ -108,7 +109,10 @@ def scenario(
     task=origin.task,
     topic=details[0],
   )
-  return dataclasses.replace(made, first_message=_opening(made, number, seed)) if opened else made
+  if not opened:
+    return made
+  opening = scripted_user(seed).opening(Dialogue(number, 0, made, Rules()))
+  return dataclasses.replace(made, first_message=opening.text)
 
 
 def _entry(persona: str, key: str) -> str:
@@ -117,29 +121,13 @@ def _entry(persona: str, key: str) -> str:
   return re.split(r" (?:in|at|on|of|for|with|and|who|to|from) ", f"{value} ")[0].strip()
 
 
-def _opening(made: Scenario, number: int, seed: int) -> str:
-  """What the scripted user would begin with."""
-  from rlver_jax.dialogue import templates
-
-  user = ScriptedSimulator({"en": templates.load("en")}, seed)
-  return user.opening(Dialogue(number, 0, made, Rules())).text
+@functools.cache
+def scripted_user(seed: int) -> ScriptedSimulator:
+  """The user whose words and judgement the embedded world has."""
+  return ScriptedSimulator({"en": templates.load("en")}, seed)
 
 
-def as_record(made: Scenario) -> dict[str, Any]:
-  """The scenario in the published format."""
-  return {
-    "id": made.id,
-    "player": made.persona,
-    "scene": made.background,
-    "main_cha": made.character,
-    "cha_group": list(made.traits),
-    "task": made.task,
-    "topic": made.topic,
-    "first_talk": made.first_message,
-  }
-
-
-def as_lines(split: str, count: int, seed: int) -> str:
-  """The first `count` scenarios of a split as JSON lines."""
-  records = (as_record(scenario(split, number, seed)) for number in range(count))
-  return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+def write(path: pathlib.Path, split: str, count: int, seed: int) -> None:
+  """Writes the first `count` scenarios of a split as JSON lines, all or nothing."""
+  made = (scenario(split, number, seed) for number in range(count))
+  json_lines.write(path, map(scenario_lib.as_record, made))
