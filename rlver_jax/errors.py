@@ -22,3 +22,11 @@ class Diverged(Exception):
 
   The message is one sentence. `main` prints it and exits with code 1.
   """
+
+  @classmethod
+  def after(cls, updates: int, step: int) -> "Diverged":
+    """So many updates were not finite, the last of them that of `step`."""
+    return cls(
+      f"{updates} updates in a row had a loss or gradient that is not finite "
+      f"(training.max_nonfinite); the state before them is saved as step {step}."
+    )

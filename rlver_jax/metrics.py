@@ -180,6 +180,14 @@ class CompileCounter:
     jax.monitoring.register_event_listener(self._on_event)
     jax.monitoring.register_event_duration_secs_listener(self._on_duration)
 
+  def metrics(self) -> dict[str, float]:
+    """Its numbers by their names."""
+    return {
+      "compile/programs": self.count,
+      "compile/from_cache": self.cached,
+      "compile/seconds": self.seconds,
+    }
+
   def _on_event(self, event: str, **_: Any) -> None:
     # JAX reports a hit from inside the span that it then reports as a compilation.
     if event == "/jax/compilation_cache/cache_hits":
@@ -244,7 +252,11 @@ def summary(workdir: str | os.PathLike) -> dict[str, Any]:
 
 def write_summary(workdir: str | os.PathLike, extra: dict[str, Any]) -> dict[str, Any]:
   """Writes the summary with the JSON values `extra` to `<workdir>/summary.json`; returns it."""
-  result = {**summary(workdir), **extra}
+  return save_summary(workdir, {**summary(workdir), **extra})
+
+
+def save_summary(workdir: str | os.PathLike, result: dict[str, Any]) -> dict[str, Any]:
+  """Writes a summary of any run to `<workdir>/summary.json`, from one process; returns it."""
   if jax.process_index() == 0:
     _replace(pathlib.Path(workdir) / SUMMARY_FILE, json.dumps(result, indent=2) + "\n")
   return result

@@ -113,12 +113,7 @@ def train(
           write_dialogues(workdir, done, played.all)
       seconds = timer.take()
       scalars |= stage_metrics(run, seconds, scalars)
-      scalars |= {
-        "compile/programs": compiles.count,
-        "compile/from_cache": compiles.cached,
-        "compile/seconds": compiles.seconds,
-        "seconds/step": time.perf_counter() - began,
-      }
+      scalars |= compiles.metrics() | {"seconds/step": time.perf_counter() - began}
       with workdir_lib.writing(workdir):
         writer.write(done, scalars)
       line = metrics_lib.progress_line(done, config.steps, scalars, scalars["seconds/step"])
@@ -126,10 +121,7 @@ def train(
       # After the metrics: a run that is killed in between does the step again, and drops its line.
       with timer("checkpoint"):
         if nonfinite >= config.training.max_nonfinite:
-          raise Diverged(
-            f"{nonfinite} updates in a row had a loss or gradient that is not finite "
-            f"(training.max_nonfinite); the state before them is saved as step {done}."
-          )
+          raise Diverged.after(nonfinite, done)
         if done % config.checkpoint.every == 0 or done == config.steps:
           save(done, reward)
       interrupts.check()

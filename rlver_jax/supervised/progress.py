@@ -62,13 +62,11 @@ class Progress:
     numbers = jax.device_get(self._numbers)
     seconds = time.perf_counter() - self._began
     beside = sum(value for name, value in extra.items() if name.startswith("seconds/"))
-    scalars = _means(numbers) | {
+    scalars = _means(numbers) | self._compiles.metrics()
+    scalars |= {
       "rows/fill": self._tokens / self._positions,
       "tokens/per_second": self._tokens / (seconds - beside),
       "seconds/step": seconds / len(numbers),
-      "compile/programs": self._compiles.count,
-      "compile/from_cache": self._compiles.cached,
-      "compile/seconds": self._compiles.seconds,
     }
     scalars |= extra
     if not self._config.data.held_out:
@@ -86,10 +84,7 @@ class Progress:
     for skip in skipped:
       self.nonfinite = self.nonfinite + 1 if skip else 0
       if self.nonfinite >= self._config.training.max_nonfinite:
-        raise Diverged(
-          f"{self.nonfinite} updates in a row had a loss or gradient that is not finite "
-          f"(training.max_nonfinite); the state before them is saved as step {step}."
-        )
+        raise Diverged.after(self.nonfinite, step)
 
   def close(self) -> None:
     """Returns when everything is written."""
@@ -110,10 +105,7 @@ def _means(numbers: list[dict[str, np.ndarray]]) -> dict[str, float]:
 
 def write_summary(workdir: pathlib.Path) -> dict[str, Any]:
   """Writes the summary to `<workdir>/summary.json`; returns it."""
-  result = summary(workdir)
-  if jax.process_index() == 0:
-    workdir_lib.write_json(workdir / metrics_lib.SUMMARY_FILE, result)
-  return result
+  return metrics_lib.save_summary(workdir, summary(workdir))
 
 
 def summary(workdir: pathlib.Path) -> dict[str, Any]:
