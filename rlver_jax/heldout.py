@@ -107,7 +107,7 @@ def play(
       with workdir_lib.writing(workdir):
         records.write(_file(config, workdir, when, user), dialogues)
       seconds = time.perf_counter() - started
-      emotion = dialogue_metrics(dialogues)["emotion/final_mean"]
+      emotion = np.mean([d.emotion for d in dialogues if not d.failed] or [math.nan])
       print(
         f"held out, {when}: {len(dialogues)} dialogues judged by {label(user)} in {seconds:.0f} s, "
         f"emotion {emotion:.1f}",
@@ -129,13 +129,16 @@ def read(config: ConfigDict, sources: Sources, workdir: pathlib.Path) -> Played:
 
   Raises UserError for a file that is damaged, or of other scenarios than `sources.heldout`.
   """
-  played: Played = {}
-  for user in users(config) if sources.heldout else ():
-    files = {when: _file(config, workdir, when, user) for when in WHENS}
-    played[user] = {
-      when: _read(file, sources, config) for when, file in files.items() if file.exists()
-    }
-  return played
+  every = users(config) if sources.heldout else []
+  return {user: read_of(user, config, sources, workdir) for user in every}
+
+
+def read_of(
+  user: str, config: ConfigDict, sources: Sources, workdir: pathlib.Path
+) -> dict[str, list[Dialogue]]:
+  """As `read`, those with one kind of user."""
+  files = {when: _file(config, workdir, when, user) for when in WHENS}
+  return {when: _read(file, sources, config) for when, file in files.items() if file.exists()}
 
 
 def _read(path: pathlib.Path, sources: Sources, config: ConfigDict) -> list[Dialogue]:

@@ -57,18 +57,18 @@ def write(config: ConfigDict, sources: Sources, workdir: pathlib.Path) -> dict[s
 def describe(
   summary: dict[str, Any], config: ConfigDict, sources: Sources, workdir: pathlib.Path
 ) -> str:
-  """The text for the terminal: the summary, and what `write` and the run left in `workdir`.
+  """The text for the terminal: the summary with what `write` found, and two dialogues of `workdir`.
 
   Raises UserError where the folder holds what is damaged.
   """
-  played = heldout.read(config, sources, workdir)
-  parts = []
-  if numbers := heldout.numbers(played):
-    parts += ["", *_table(numbers, len(sources.heldout))]
-  both = played.get(config.simulator.kind, {})
-  if len(both) == len(heldout.WHENS):
-    parts += ["", *_dialogues(both["before"], both["after"], config.simulator.kind)]
-  parts += ["", *([f"dialogues: {workdir / heldout.FOLDER}"] if numbers else [])]
+  parts, user = [], config.simulator.kind
+  held_out = summary["report"].get("held_out")
+  if held_out:
+    parts += ["", *_table(held_out["users"], held_out["scenarios"])]
+    both = heldout.read_of(user, config, sources, workdir)
+    if len(both) == len(heldout.WHENS):
+      parts += ["", *_dialogues(both["before"], both["after"], user)]
+  parts += ["", *([f"dialogues: {workdir / heldout.FOLDER}"] if held_out else [])]
   text = metrics.format_summary(summary)
   return "\n".join([text, *parts, f"curves: {workdir / CURVES_FILE}"])
 

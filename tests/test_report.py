@@ -55,6 +55,11 @@ def write(workdir, sources, name, *changes, **how):
   records.write(workdir / "evaluation" / f"{name}.jsonl", dialogues)
 
 
+def summary(settings, sources, workdir):
+  """The summary of a run that has just ended."""
+  return SUMMARY | report.write(settings, sources, workdir)
+
+
 LISTEN = "I'm listening, take your time, {} of {}."
 
 
@@ -70,7 +75,7 @@ def workdir(tmp_path, sources):
 
 
 def test_the_table_and_the_changes(workdir, settings, sources):
-  text = report.describe(SUMMARY, settings, sources, workdir)
+  text = report.describe(summary(settings, sources, workdir), settings, sources, workdir)
   table = text.split("\n\n")[1].splitlines()
   assert table[0] == "4 held-out scenarios, before -> after training:"
   head, model, scripted = (line.split("  ") for line in table[1:4])
@@ -100,7 +105,7 @@ def test_the_table_and_the_changes(workdir, settings, sources):
 
 
 def test_the_dialogues_of_the_median_scenario_stand_side_by_side(workdir, settings, sources):
-  text = report.describe(SUMMARY, settings, sources, workdir)
+  text = report.describe(summary(settings, sources, workdir), settings, sources, workdir)
   shown = text.split("\n\n", 2)[2].splitlines()
   assert shown[0] == (
     "Scenario held-en-listen-01 before and after, judged by language model: its change of emotion, "
@@ -136,6 +141,7 @@ def test_a_run_without_held_out_scenarios_has_curves_alone(tmp_path):
   assert report.write(settings, sources, tmp_path) == {
     "report": {"curves": str(tmp_path / "curves.png")}
   }
-  assert report.describe(SUMMARY, settings, sources, tmp_path) == (
+  found = summary(settings, sources, tmp_path)
+  assert report.describe(found, settings, sources, tmp_path) == (
     f"{metrics.format_summary(SUMMARY)}\n\ncurves: {tmp_path / 'curves.png'}"
   )
