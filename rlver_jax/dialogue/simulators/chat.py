@@ -32,6 +32,12 @@ def persona_ids(tokenizer: Tokenizer, templates: Templates, scenario: Scenario) 
   return tokenizer.chat.system(persona_text(templates, scenario))
 
 
+def question_text(templates: Templates, section: str, emotion: int, **fields: str) -> str:
+  """The text of a section that asks the user, at an emotion."""
+  state = emotion_lib.state(emotion)
+  return templates.render(section, emotion=str(emotion), state=state, **fields)
+
+
 @dataclasses.dataclass(frozen=True)
 class UserChat:
   """The pieces of one user's chat; templates: of its dialogue's language and level."""
@@ -39,15 +45,10 @@ class UserChat:
   tokenizer: Tokenizer
   templates: Templates
 
-  def render(self, section: str, emotion: int, **fields: str) -> str:
-    """The text of a section at an emotion."""
-    state = emotion_lib.state(emotion)
-    return self.templates.render(section, emotion=str(emotion), state=state, **fields)
-
   def question(self, section: str, emotion: int, **fields: str) -> list[int]:
     """A question as a message of its own, and the start of its answer."""
-    chat = self.tokenizer.chat
-    return [*chat.user(self.render(section, emotion, **fields)), *chat.assistant_start]
+    chat, text = self.tokenizer.chat, question_text(self.templates, section, emotion, **fields)
+    return [*chat.user(text), *chat.assistant_start]
 
   def message_question(self, emotion: int, change: int, fields: dict[str, str]) -> list[int]:
     """The question for the next message, given the emotion after the change and the appraisal."""
@@ -64,7 +65,7 @@ class UserChat:
 
   def question_below(self, section: str, emotion: int) -> list[int]:
     """After `quoted`: a question about the reply in the same message, and the answer's start."""
-    question = self.tokenizer.encode("\n\n" + self.render(section, emotion))
+    question = self.tokenizer.encode("\n\n" + question_text(self.templates, section, emotion))
     return [*question, *self.nothing_below]
 
   @property

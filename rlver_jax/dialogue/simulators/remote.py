@@ -21,7 +21,6 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from rlver_jax import processes
-from rlver_jax.dialogue import emotion as emotion_lib
 from rlver_jax.dialogue.answers import PLAN_FIELDS, parse_change
 from rlver_jax.dialogue.dialogue import (
   HELD_OUT_STEP,
@@ -34,7 +33,7 @@ from rlver_jax.dialogue.dialogue import (
 )
 from rlver_jax.dialogue.simulators import connection as connection_lib
 from rlver_jax.dialogue.simulators.base import Simulator
-from rlver_jax.dialogue.simulators.chat import SILENCE, persona_text
+from rlver_jax.dialogue.simulators.chat import SILENCE, persona_text, question_text
 from rlver_jax.dialogue.simulators.connection import (
   CallFailed,
   Completion,
@@ -277,10 +276,8 @@ class RemoteSimulator(Simulator):
     return self._templates[dialogue.scenario.language].at(dialogue.rules.level.name)
 
   def _render(self, chat: _Chat, section: str, **fields: str) -> str:
-    emotion = chat.dialogue.emotion
-    return self._template(chat.dialogue).render(
-      section, emotion=str(emotion), state=emotion_lib.state(emotion), **fields
-    )
+    d = chat.dialogue
+    return question_text(self._template(d), section, d.emotion, **fields)
 
   def _catch_up(self, chat: _Chat) -> None:
     """Makes a given opening part of the chat, as if the model had written it."""
