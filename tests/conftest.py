@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 import remote_server
+import runs
 
 
 @pytest.fixture(scope="session")
@@ -14,6 +15,13 @@ def qwen_path() -> pathlib.Path:
   if not path or not pathlib.Path(path, "config.json").exists():
     pytest.skip("RLVER_QWEN_PATH does not name a Qwen2.5-0.5B checkpoint directory")
   return pathlib.Path(path)
+
+
+@pytest.fixture(scope="module")
+def compilation_cache(tmp_path_factory):
+  """What the runs of a module compile is kept for those that come after, of other modules too."""
+  with runs.compilation_cache(tmp_path_factory.getbasetemp() / "xla"):
+    yield
 
 
 @pytest.fixture

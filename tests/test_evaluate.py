@@ -22,10 +22,7 @@ KINDS = {
 STEPS = {"steps": 2, "dialogue.max_turns": 3}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-  with runs.compilation_cache(tmp_path_factory.getbasetemp() / "xla"):
-    yield
+pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,7 @@ from rlver_jax.sources import open_sources
 CHANGES = {"checkpoint.every": 2, "evaluation.scenarios": 3}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-  with runs.compilation_cache(tmp_path_factory.getbasetemp() / "xla"):
-    yield
+pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
 @pytest.fixture(scope="module")

@@ -24,13 +24,7 @@ REMOTE = {
   "simulator.score": "generate",
 }
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-  with runs.compilation_cache(tmp_path_factory.getbasetemp() / "xla"):
-    yield
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compilation_cache")]
 
 
 def changes(server, **more):

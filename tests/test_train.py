@@ -46,10 +46,7 @@ SIMULATOR_NAMES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-  with runs.compilation_cache(tmp_path_factory.getbasetemp() / "xla"):
-    yield
+pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
 class StopAt(Interrupts):
