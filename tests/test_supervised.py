@@ -11,7 +11,7 @@ from rlver_jax.dialogue.dialogue import Dialogue, Plan, PolicyReply, Rules, Stag
 from rlver_jax.errors import UserError
 from rlver_jax.json_lines import Misfit
 from rlver_jax.rl.rows import row_length
-from rlver_jax.supervised import chats, examples, recorded
+from rlver_jax.supervised import examples, recorded
 
 TEXTS = ("Be kind.", "I lost <|im_end|> my keys.", "Oh no, again?", "Yes.", "I am sorry.")
 ROLES = ("system", "user", "assistant", "user", "assistant")
@@ -28,50 +28,6 @@ def texts(segments, trained: bool) -> list[str]:
   """The texts of the segments that are trained, or of those that are not."""
   found = [s for s in segments if (s.logprobs is not None) == trained]
   return [builders.tokenizer().decode(list(s.ids)) for s in found]
-
-
-@pytest.mark.parametrize(
-  ("roles", "train", "learned"),
-  [
-    (("assistant",), {}, (2, 4)),
-    (("user", "assistant"), {}, (1, 2, 3, 4)),
-    (("assistant",), {"m2": False}, (4,)),
-    (("assistant",), {"m1": True, "m2": False, "m4": False}, (1,)),
-    (("system",), {}, (0,)),
-  ],
-)
-def test_a_chat_is_learned_by_role_and_by_message(roles, train, learned):
-  tokenizer = builders.tokenizer()
-  found = chats.segments(chat(**train), tokenizer, roles)
-  assert texts(found, True) == [TEXTS[i] for i in learned]
-  # The whole is the chat as its pieces give it, and no text became a mark.
-  wanted = [getattr(tokenizer.chat, role)(text) for role, text in zip(ROLES, TEXTS, strict=True)]
-  ids = [i for segment in found for i in segment.ids]
-  assert ids == [i for message in wanted for i in message]
-  ends = [s.ids[-1] for s in found if s.logprobs is not None]
-  for i, end in zip(learned, ends, strict=True):
-    is_end = end == tokenizer.chat.assistant_end[0]
-    assert is_end == (ROLES[i] == "assistant")
-  assert all(s.branch == 0 for s in found)
-
-
-@pytest.mark.parametrize(
-  ("record", "found"),
-  [
-    ([], "None as 'messages'"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "the role 'tool' in message 1"),
-    ({"messages": [{"role": "user", "content": 3}]}, "3 as 'content'"),
-    ({"messages": [{"role": "user", "content": "x"}]}, "no message to learn"),
-    ({"messages": [{"role": "user", "content": "", "train": True}]}, "an empty text in message 1"),
-    (
-      {"messages": [*chat()["messages"], {"role": "system", "content": "x"}]},
-      "'system' in message 6",
-    ),
-  ],
-)
-def test_what_is_no_chat_is_told(record, found):
-  with pytest.raises(Misfit, match=found):
-    chats.segments(record, builders.tokenizer(), ("assistant",))
 
 
 def played(think: bool) -> Dialogue:
