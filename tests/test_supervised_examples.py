@@ -205,6 +205,7 @@ def test_a_fingerprint_tells_examples_apart():
     made(more=[Segment((4,))]),
     [*made(), *made()],
     [[Segment((7, 1)), Segment((2,), 0, (0.0,))]],
+    [[Segment((7, 0, 1, 1, 2))]],
     [],
   ]
   found = [examples.digest(one) for one in (made(), *others)]
