@@ -389,6 +389,19 @@ def test_every_field_of_the_configuration_is_read(adapted, chats, tmp_path):
   assert set(config_lib.flatten(settings)) - read == {"task", "compilation_cache"}
 
 
+def test_the_loss_of_a_line_is_a_mean_over_the_tokens_of_its_steps(chats, tmp_path):
+  progress = Progress(config(chats), tmp_path, metrics_lib.CompileCounter())
+  progress.start(0, 0)
+  for loss, norm, tokens in ((1.0, 2.0, 10), (4.0, 6.0, 20)):
+    numbers = {"loss": loss, "gradient_norm": norm, "skipped": 0.0, "tokens": tokens}
+    progress.add(make_packed_rows([[]], 8), jax.tree.map(np.float32, numbers))
+  progress.write(2, {})
+  progress.close()
+  (line,) = runs.metrics(tmp_path)
+  assert line["sft/loss"] == pytest.approx((1 * 10 + 4 * 20) / 30)
+  assert (line["update/gradient_norm"], line["rows/trained_tokens"]) == (4, 15)
+
+
 def test_a_checkpoint_is_compared_by_the_loss_of_its_own_step(chats, tmp_path):
   """On the examples kept apart where there are any; one that was not measured is never best."""
   numbers = {name: np.float32(1) for name in ("loss", "gradient_norm", "skipped", "tokens")}
