@@ -33,6 +33,8 @@ class ChatFormat:
   is what asks for a reply, and `assistant_end` completes it. Templates that strip the blanks
   around a message's text are not imitated in that: the text is encoded as given.
 
+  unprompted: what the template puts before a chat without a system message, such as one of its
+    own (Qwen2.5); None where it takes no such chat.
   stop_ids: what ends a reply: the first id of `assistant_end`, then the directory's eos ids.
   """
 
@@ -43,6 +45,7 @@ class ChatFormat:
   user_end: tuple[int, ...]
   assistant_start: tuple[int, ...]
   assistant_end: tuple[int, ...]
+  unprompted: tuple[int, ...] | None
   stop_ids: tuple[int, ...]
 
   def system(self, text: str) -> list[int]:
@@ -147,8 +150,12 @@ def load(directory: str | pathlib.Path) -> Tokenizer:
       )
   _check_append_only(render, literals, full, plain, directory)
   stop_ids = (pieces["assistant_end"][0], *_eos_ids(loaded, directory))
+  unprompted = _unprompted(render, literals["user_start"])
   chat = ChatFormat(
-    encode=lambda text: _encode(plain, text), stop_ids=tuple(dict.fromkeys(stop_ids)), **pieces
+    encode=lambda text: _encode(plain, text),
+    unprompted=None if unprompted is None else tuple(_encode(full, unprompted)),
+    stop_ids=tuple(dict.fromkeys(stop_ids)),
+    **pieces,
   )
   return Tokenizer(special_ids, max(full.get_vocab().values()) + 1, chat, full, plain)
 
@@ -206,6 +213,15 @@ def _literals(render: Callable[..., str], directory: pathlib.Path) -> dict[str, 
     "assistant_start": render(chat[:2], ask=True).removeprefix(render(chat[:2])),
     "assistant_end": assistant_end,
   }
+
+
+def _unprompted(render: Callable[..., str], user_start: str) -> str | None:
+  """The template's text before a chat without a system message, None where it takes none."""
+  try:
+    before, found, _ = render([{"role": "user", "content": "sentinel"}]).partition("sentinel")
+  except UserError:
+    return None
+  return before.removesuffix(user_start) if found and before.endswith(user_start) else None
 
 
 def _check_append_only(

@@ -225,7 +225,7 @@ class RecordingEngine(Engine):
   asked: (slot, context, numbers, most new tokens) of each request; greedy: the numbers of those
   that were greedy; samples: (slot, sample) of each complete sample; scored: (slot, context,
   log-probabilities) of each row that was scored. write: given the numbers of a request, the text
-  to take in place of what was drawn, ended as a message is; None: what was drawn.
+  to take in place of what was drawn, ended as a message is; None, of it or for it: what was drawn.
   """
 
   def __init__(self, *args, **kwargs):
@@ -249,13 +249,15 @@ class RecordingEngine(Engine):
   def step(self):
     samples = super().step()
     if self.write:
-      samples = {slot: self._written(slot) for slot in samples}
+      samples = {slot: self._written(slot, sample) for slot, sample in samples.items()}
     self.samples += samples.items()
     return samples
 
-  def _written(self, slot):
+  def _written(self, slot, drawn):
     numbers = next(numbers for at, _, numbers, _ in reversed(self.asked) if at == slot)
-    ids = [*tokenizer().encode(self.write(numbers)), tokenizer().chat.assistant_end[0]]
+    if (text := self.write(numbers)) is None:
+      return drawn
+    ids = [*tokenizer().encode(text), tokenizer().chat.assistant_end[0]]
     return Sample(ids, [0.0] * len(ids), stopped=True)
 
   def score(self, contexts):

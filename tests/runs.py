@@ -7,14 +7,18 @@ import pathlib
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import pytest
+from absl import flags as absl_flags
 from jax.experimental.compilation_cache import compilation_cache as compilation_cache_lib
 from ml_collections import ConfigDict
 
 from configs import grpo
-from rlver_jax import interrupt, train, trainables
+from rlver_jax import cli, interrupt, main, sft, train, trainables
+from rlver_jax import config as config_lib
 from rlver_jax.checkpoint import Checkpoints
 from rlver_jax.dialogue import scenario
 from rlver_jax.models import source, weights
@@ -79,6 +83,71 @@ def play(
   with signals_restored():
     sources = open_sources(config)
     return train.train(config, sources, claim(str(workdir), config), interrupts())
+
+
+def play_supervised(
+  config: ConfigDict, workdir: pathlib.Path, interrupts=interrupt.Interrupts
+) -> dict[str, Any]:
+  """A supervised run in this process, from the configuration's files to the summary."""
+  with signals_restored():
+    sources = sft.open_sources(config)
+    return sft.train_supervised(config, sources, claim(str(workdir), config), interrupts())
+
+
+def fields_read(config: ConfigDict, workdir: pathlib.Path, play: Callable[..., Any]) -> set[str]:
+  """Plays a run with `play`; returns the fields of its configuration that it read."""
+  names = {}
+
+  def enter(section, prefix):
+    names[id(section)] = prefix
+    for name in section:
+      if isinstance(section[name], ConfigDict):
+        enter(section[name], f"{prefix}{name}.")
+
+  enter(config, "")
+  read, getitem = set(), ConfigDict.__getitem__
+
+  def recorded(section, name):
+    if id(section) in names:
+      read.add(names[id(section)] + name)
+    return getitem(section, name)
+
+  with pytest.MonkeyPatch.context() as patch:
+    # These two read every field, to keep it or to compare.
+    patch.setattr(config_lib, "digest", lambda _: "")
+    patch.setitem(globals(), "claim", lambda folder, _: pathlib.Path(folder))
+    patch.setattr(ConfigDict, "__getitem__", recorded)
+    play(config, workdir)
+  return read
+
+
+def command_in_process(
+  monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, *arguments: str
+) -> tuple[int, str, str]:
+  """Runs the command line of `main` in this process; returns exit code, stdout and stderr."""
+  monkeypatch.setattr(sys, "argv", ["main", *arguments])
+  absl_flags.FLAGS.unparse_flags()
+  for name in [name for name in absl_flags.FLAGS if name.startswith("config.")]:
+    delattr(absl_flags.FLAGS, name)  # what the overrides of an earlier command have defined
+  sys.modules.pop("config_config", None)
+  capfd.readouterr()
+  with pytest.raises(SystemExit) as stop, signals_restored():
+    cli.run(main.main, main._parse_flags)
+  output = capfd.readouterr()
+  return stop.value.code, output.out, output.err
+
+
+@contextlib.contextmanager
+def command_settings(monkeypatch: pytest.MonkeyPatch):
+  """Commands run in the repository, and what they set of JAX is put back."""
+  names = ("jax_compilation_cache_dir", "jax_default_matmul_precision")
+  settings = {name: getattr(jax.config, name) for name in names}
+  monkeypatch.chdir(REPOSITORY)
+  try:
+    yield
+  finally:
+    for name, value in settings.items():
+      jax.config.update(name, value)
 
 
 @contextlib.contextmanager

@@ -1,17 +1,17 @@
 """The command line: a mistake is one sentence and exit code 2, before anything is loaded."""
 
+import functools
 import io
 import json
 import subprocess
 import sys
 
-import jax
 import pytest
 import runs
 from absl import flags
 
 from configs import grpo
-from rlver_jax import cli, errors, main, train, workdir
+from rlver_jax import errors, main, train, workdir
 from rlver_jax.dialogue import records
 from rlver_jax.dialogue.dialogue import Dialogue, Plan, PolicyReply, Rules, UserMessage
 from rlver_jax.interrupt import Interrupted
@@ -33,27 +33,9 @@ def run_main(monkeypatch, capfd):
   def load(*_):
     raise Loaded
 
-  def call(*arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["main", *arguments])
-    flags.FLAGS.unparse_flags()
-    for name in [name for name in flags.FLAGS if name.startswith("config.")]:
-      delattr(flags.FLAGS, name)  # what the overrides of an earlier command have defined
-    sys.modules.pop("config_config", None)
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as stop, runs.signals_restored():
-      cli.run(main.main, main._parse_flags)
-    output = capfd.readouterr()
-    return stop.value.code, output.out, output.err
-
-  settings = {
-    name: getattr(jax.config, name)
-    for name in ("jax_compilation_cache_dir", "jax_default_matmul_precision")
-  }
-  monkeypatch.chdir(runs.REPOSITORY)
   monkeypatch.setattr(source, "load_model", load)
-  yield call
-  for name, value in settings.items():
-    jax.config.update(name, value)
+  with runs.command_settings(monkeypatch):
+    yield functools.partial(runs.command_in_process, monkeypatch, capfd)
 
 
 def refusal(run_main, *arguments: str) -> str:

@@ -1,7 +1,6 @@
 """The loop as a whole: what a run leaves, that it can be stopped anywhere, and how it diverges."""
 
 import json
-import pathlib
 import signal
 
 import jax
@@ -9,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
-from ml_collections import ConfigDict
 
 from rlver_jax import config, errors, trainables
 from rlver_jax.build import build_environment
@@ -278,33 +276,6 @@ def test_few_slots_give_the_same_dialogues(run, settings, tmp_path):
   assert runs.dialogue_files(tmp_path) == runs.dialogue_files(run[0])
 
 
-def recorded_run(settings, workdir):
-  """Plays a run; returns the fields of its configuration that it read."""
-  names = {}
-
-  def enter(section, prefix):
-    names[id(section)] = prefix
-    for name in section:
-      if isinstance(section[name], ConfigDict):
-        enter(section[name], f"{prefix}{name}.")
-
-  enter(settings, "")
-  read, getitem = set(), ConfigDict.__getitem__
-
-  def recorded(section, name):
-    if id(section) in names:
-      read.add(names[id(section)] + name)
-    return getitem(section, name)
-
-  with pytest.MonkeyPatch.context() as patch:
-    # These two read every field, to keep it or to compare.
-    patch.setattr(config, "digest", lambda _: "")
-    patch.setattr(runs, "claim", lambda folder, _: pathlib.Path(folder))
-    patch.setattr(ConfigDict, "__getitem__", recorded)
-    runs.play(settings, workdir)
-  return read
-
-
 @pytest.fixture(scope="module")
 def model_run(tmp_path_factory):
   """A run with a frozen model as user and a KL term; the fields of the configuration it read."""
@@ -313,7 +284,7 @@ def model_run(tmp_path_factory):
   changes = {"algorithm.kl_coef": 0.1, "simulator.path": str(moody)}
   changes |= {"evaluation.path": str(runs.held_out(folder, 3)), "evaluation.scenarios": 2}
   settings = runs.config(**runs.LANGUAGE_MODEL | changes)
-  return folder / "run", settings, recorded_run(settings, folder / "run")
+  return folder / "run", settings, runs.fields_read(settings, folder / "run", runs.play)
 
 
 @pytest.fixture(scope="module")
@@ -342,7 +313,7 @@ def ppo_run(tmp_path_factory):
     "checkpoint.every": 2,
   }
   settings = runs.config(**changes)
-  return workdir, settings, recorded_run(settings, workdir)
+  return workdir, settings, runs.fields_read(settings, workdir, runs.play)
 
 
 def test_ppo_trains_policy_and_critic_and_says_how(ppo_run):

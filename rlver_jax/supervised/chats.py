@@ -1,7 +1,8 @@
 """Chats as examples: `{"messages": [{"role": ..., "content": ..., "train": ...}]}`, one a line.
 
-The first message may be the system's; `train` is optional and says whether this message is
-learned, where its role does not decide. Other keys are left alone. Texts are encoded as ordinary
+The first message may be the system's; without one a chat begins with what the chat template puts
+there. `train` is optional and says whether this message is learned, where its role does not
+decide. Other keys are left alone. Texts are encoded as ordinary
 characters between the pieces of the chat template, so that no text is read as one of its marks.
 """
 
@@ -28,6 +29,10 @@ def segments(record: Any, tokenizer: Tokenizer, roles: Collection[str]) -> list[
     role, text = field(message, "role", str), field(message, "content", str)
     if role not in ROLES or (role == "system" and number):
       raise Misfit(f"the role {role!r:.60} in message {number + 1}, expected {_expected(number)}")
+    if role != "system" and not number:
+      if chat.unprompted is None:
+        raise Misfit(f"the role {role!r} in message 1, expected system, as the template demands")
+      found += [Segment(chat.unprompted)] if chat.unprompted else []
     learned = field(message, "train", bool) if "train" in message else role in roles
     start, end = getattr(chat, f"{role}_start"), getattr(chat, f"{role}_end")
     ids = tuple(tokenizer.encode(text))

@@ -23,7 +23,7 @@ class Progress:
   """The lines of a run in `workdir`.
 
   nonfinite: how many of the last updates in a row were skipped, as of the last line. loss: that
-  of the last line, on the examples kept apart where there are any.
+  of the last line, on the examples kept apart where there are any; NaN where it was not measured.
   """
 
   def __init__(
@@ -69,9 +69,8 @@ class Progress:
       "seconds/step": seconds / len(numbers),
     }
     scalars |= extra
-    if not self._config.data.held_out:
-      self.loss = scalars["sft/loss"]
-    self.loss = scalars.get("sft/held_out_loss", self.loss)
+    compared = "sft/held_out_loss" if self._config.data.held_out else "sft/loss"
+    self.loss = scalars.get(compared, float("nan"))
     with workdir_lib.writing(self._workdir):
       self._writer.write(step, scalars)
     steps = self._config.steps
