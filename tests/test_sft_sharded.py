@@ -1,0 +1,84 @@
+"""A supervised update on 8 emulated devices against one device.
+
+The number of devices is fixed when JAX starts, so each mesh has a process of its own, which runs
+this file as a script and leaves what it computed in a file.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ONE, ALL_AXES = (1, 1, 1), (2, 2, 2)
+
+pytestmark = pytest.mark.slow
+
+
+def work(mesh: tuple[int, int, int], folder: pathlib.Path, rank: int) -> None:
+  """Two updates and the loss before them; writes arrays.npz."""
+  import jax
+
+  from configs import sft as sft_configs
+  from rlver_jax import config as config_lib
+  from rlver_jax import sft, trainables
+  from rlver_jax.models.lora import Adapted, merge
+  from rlver_jax.rl.prepare import Frozen
+  from rlver_jax.rl.rows import make_packed_rows, row_length
+  from rlver_jax.supervised.examples import stream
+
+  def chat(i):
+    answer = {"role": "assistant", "content": f"{i} keys are {i % 3} too many. " * (1 + i % 4)}
+    return {"messages": [{"role": "user", "content": f"I lost {i} keys."}, answer]}
+
+  path = folder / "chats.jsonl"
+  path.write_text("".join(json.dumps(chat(i)) + "\n" for i in range(20)))
+  config = sft_configs.get_config("tiny")
+  config.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
+  config.data.path, config.compilation_cache, config.lora.policy_rank = str(path), "", rank
+  config.training.update(rows=8, row_length=256, microbatch=4, logprob_chunk=256)
+  # See tests/test_update.py: the step must not be the sign of a rounding error.
+  config.optimizer.update(eps=1e-3, warmup_fraction=0.0)
+  config_lib.validate(config)
+  sources = sft.open_sources(config)
+  base = trainables.load_frozen(config, sources).base
+  learner = sft.make_learner(config, sources)
+  state = learner.init(trainables.fresh(config, sources, Frozen(base))[0])
+  examples = sources.examples
+  order = stream(list(map(row_length, examples)), 0, 256, 8)
+  arrays = {}
+  for step in range(2):
+    packed = [[examples[i] for i in row] for row in next(order)]
+    rows = learner.place(make_packed_rows(packed, 256))
+    arrays[f"held_out{step}"] = learner.score(state, base, rows)
+    state, numbers = learner.learn(state, base, rows)
+    arrays |= {f"{name}{step}": value for name, value in numbers.items()}
+  model = state.policy.model if base is None else merge(Adapted(base, state.policy.model))
+  arrays |= {f"weight{i}": x for i, x in enumerate(jax.tree.leaves(model))}
+  np.savez(folder / "arrays.npz", **jax.device_get(arrays))
+
+
+def start(mesh, folder, rank):
+  folder.mkdir()
+  devices = f"--xla_force_host_platform_device_count={np.prod(mesh)}"
+  environment = os.environ | {"XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu"}
+  environment["PYTHONPATH"] = str(pathlib.Path(__file__).parents[1])
+  command = [sys.executable, __file__, json.dumps(mesh), str(folder), str(rank)]
+  subprocess.run(command, env=environment, check=True)
+  return dict(np.load(folder / "arrays.npz"))
+
+
+@pytest.mark.parametrize("rank", [0, 4], ids=["whole", "adapters"])
+def test_an_update_on_a_mesh_is_that_of_one_device(tmp_path, rank):
+  one, many = (start(mesh, tmp_path / f"on{np.prod(mesh)}", rank) for mesh in (ONE, ALL_AXES))
+  assert one.keys() == many.keys() and one["loss1"] < one["loss0"]
+  assert one["held_out0"] == pytest.approx(one["loss0"], abs=1e-5)
+  for name, value in one.items():
+    np.testing.assert_allclose(many[name], value, atol=2e-5, rtol=2e-5, err_msg=name)
+
+
+if __name__ == "__main__":
+  work(tuple(json.loads(sys.argv[1])), pathlib.Path(sys.argv[2]), int(sys.argv[3]))
