@@ -67,12 +67,18 @@ def _fields(path: str) -> dict:
       # Consecutive updates with a loss or gradient that is not finite that end the run.
       "max_nonfinite": 3,
     },
-    # As in configs/recipe.py, but for these two.
-    "optimizer": shared["optimizer"] | {"learning_rate": 1e-5, "schedule": "cosine"},
+    # As in configs/recipe.py, but for
+    "optimizer": shared["optimizer"]
+    | {
+      # the rate after warm-up,
+      "learning_rate": 1e-5,
+      # and what follows.
+      "schedule": "cosine",
+    },
     # As in configs/recipe.py.
     "mesh": shared["mesh"],
-    # Steps between checkpoints; the last step and an interrupted run are always saved.
     "checkpoint": {
+      # Steps between checkpoints; the last step and an interrupted run are always saved.
       "every": 100,
       # Newest checkpoints that are kept, beside the best by loss (on data.held_out, where given).
       "keep": 2,

@@ -65,18 +65,6 @@ def test_time_beside_the_steps_does_not_slow_them(start, tmp_path):
   assert line["tokens/per_second"] == pytest.approx(15 / (line["seconds/step"] + 1000))
 
 
-def test_the_loss_that_ranks_checkpoints_is_that_of_the_examples_kept_apart(start):
-  progress = start(**{"data.held_out": "some"})
-  progress.add(ROWS, numbers(3.0))
-  progress.write(1, {})
-  assert np.isnan(progress.loss)
-  progress.add(ROWS, numbers(2.0))
-  progress.write(2, {"sft/held_out_loss": 2.5})
-  progress.add(ROWS, numbers(1.0))
-  progress.write(3, {})
-  assert progress.loss == 2.5
-
-
 def test_updates_that_are_not_finite_are_counted_in_a_row_and_through_lines(start, tmp_path):
   progress = start()
   nan = numbers(float("nan"), norm=float("inf"), skipped=1.0)
