@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from absl import flags as absl_flags
 from jax.experimental.compilation_cache import compilation_cache as compilation_cache_lib
@@ -22,6 +23,7 @@ from rlver_jax import config as config_lib
 from rlver_jax.checkpoint import Checkpoints
 from rlver_jax.dialogue import scenario
 from rlver_jax.models import source, weights
+from rlver_jax.models.qwen2 import Qwen2
 from rlver_jax.partitioning import make_mesh
 from rlver_jax.rl.learner import LearnerState
 from rlver_jax.sources import open_sources
@@ -83,6 +85,20 @@ def play(
   with signals_restored():
     sources = open_sources(config)
     return train.train(config, sources, claim(str(workdir), config), interrupts())
+
+
+class StopAt(interrupt.Interrupts):
+  """Is sent SIGTERM at the n-th time that the run asks whether it shall stop."""
+
+  def __init__(self, n: int):
+    super().__init__()
+    self.left = n
+
+  def check(self):
+    self.left -= 1
+    if self.left == 0:
+      signal.raise_signal(signal.SIGTERM)
+    super().check()
 
 
 def play_supervised(
@@ -249,3 +265,21 @@ def held_out(folder: pathlib.Path, number: int) -> pathlib.Path:
       record |= {"id": f"held-{record['id']}", "scene": f"{record['scene']} It was in spring."}
       file.write(json.dumps(record) + "\n")
   return path
+
+
+def assert_merged(ours: Qwen2, base: Qwen2, adapters: dict[str, Any]) -> None:
+  """Holds exported weights against base + alpha / rank * A B, for a rank of 3 and an alpha of 6.
+
+  The axes of a map are flattened to a matrix here; maps without an adapter are as they were.
+  """
+  for name in ("q", "k", "v", "o", "gate", "up", "down"):
+    found, wanted = (np.asarray(getattr(m.layers, name)[...]) for m in (ours, base))
+    if name not in adapters:
+      np.testing.assert_array_equal(found, wanted)
+      continue
+    for layer, weight in enumerate(wanted):
+      pair = adapters[name].down, adapters[name].up
+      a, b = (np.asarray(p[...][layer], np.float64) for p in pair)
+      change = 2.0 * a.reshape(-1, 3) @ b.reshape(3, -1)
+      assert np.abs(change).max() > 1e-5
+      np.testing.assert_allclose(found[layer], weight + change.reshape(weight.shape), atol=1e-6)

@@ -9,7 +9,6 @@ import statistics
 
 import pytest
 import runs
-from test_train import StopAt
 
 from rlver_jax import build, heldout, report
 from rlver_jax.checkpoint import Checkpoints
@@ -147,7 +146,7 @@ def test_a_run_that_is_stopped_while_they_are_played_goes_on(run, changes, tmp_p
   for n, done, left in ((2, 0, []), (asked, 4, ["before.jsonl"])):
     with pytest.raises(Interrupted):
       # The second start asks as often as a whole run.
-      runs.play(settings, tmp_path, lambda n=n: StopAt(n))
+      runs.play(settings, tmp_path, lambda n=n: runs.StopAt(n))
     last = Checkpoints(str(tmp_path / "checkpoints"), keep=None).latest()
     assert last == done
     folder = tmp_path / "evaluation"

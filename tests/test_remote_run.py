@@ -120,14 +120,13 @@ def test_a_spent_budget_saves_and_a_larger_one_goes_on(server, tmp_path):
 
 def test_ctrl_c_is_heard_while_the_server_is_silent(server, tmp_path):
   """And the run goes on from there as if nothing had been."""
-  from test_train import StopAt
 
   from rlver_jax.interrupt import Interrupted
 
   server.decide = lambda c: Answer("late", delay=60)
   config = runs.config(**changes(server, steps=1))
   with pytest.raises(Interrupted):
-    runs.play(config, tmp_path / "run", lambda: StopAt(5))
+    runs.play(config, tmp_path / "run", lambda: runs.StopAt(5))
   server.decide = usual
   assert runs.play(config, tmp_path / "run", Interrupts)["steps"] == 1
 

@@ -15,7 +15,7 @@ import runs
 
 from configs import sft as sft_configs
 from rlver_jax import config as config_lib
-from rlver_jax import export, interrupt, sft, trainables
+from rlver_jax import export, sft, trainables
 from rlver_jax import metrics as metrics_lib
 from rlver_jax.checkpoint import Checkpoints
 from rlver_jax.dialogue import records
@@ -297,19 +297,6 @@ def test_no_program_is_compiled_after_the_first_line(finished):
   assert programs[1:] == programs[:1] * 3
 
 
-class StopAt(interrupt.Interrupts):
-  """A signal that arrives in the n-th step."""
-
-  def __init__(self, n: int):
-    super().__init__()
-    self.left = n
-
-  def check(self):
-    self.left -= 1
-    if self.left == 0:
-      raise Interrupted(15)
-
-
 @pytest.mark.parametrize("stops", [(4,), pytest.param((2, 1, 1), marks=pytest.mark.slow)], ids=str)
 def test_a_stopped_and_resumed_run_is_the_same_run(finished, tmp_path, stops, capsys):
   """Parameters, moments and lines."""
@@ -317,7 +304,7 @@ def test_a_stopped_and_resumed_run_is_the_same_run(finished, tmp_path, stops, ca
   done = 0
   for n in stops:
     with pytest.raises(Interrupted):
-      runs.play_supervised(settings, tmp_path / "run", functools.partial(StopAt, n))
+      runs.play_supervised(settings, tmp_path / "run", functools.partial(runs.StopAt, n))
     done += n
     assert runs.metrics(tmp_path / "run")[-1]["step"] == done
   runs.play_supervised(settings, tmp_path / "run")
@@ -368,17 +355,7 @@ def test_adapters_are_exported_as_the_weights_that_they_make(adapted, tmp_path):
     "tiny", "policy.path", dtype="float32", param_dtype="float32", from_scratch=True
   )
   base = source.load_model(opened, make_mesh(1, -1, 1), settings.seed + trainables.POLICY_WEIGHTS)
-  for name in ("q", "k", "v", "o", "gate", "up", "down"):
-    found, wanted = (np.asarray(getattr(m.layers, name)[...]) for m in (ours, base))
-    if name not in adapters:
-      np.testing.assert_array_equal(found, wanted)
-      continue
-    for layer, weight in enumerate(wanted):
-      pair = adapters[name].down, adapters[name].up
-      a, b = (np.asarray(p[...][layer], np.float64) for p in pair)
-      change = 2.0 * a.reshape(-1, 3) @ b.reshape(3, -1)
-      assert np.abs(change).max() > 1e-5
-      np.testing.assert_allclose(found[layer], weight + change.reshape(weight.shape), atol=1e-6)
+  runs.assert_merged(ours, base, adapters)
   np.testing.assert_array_equal(ours.embed[...], base.embed[...])
 
 

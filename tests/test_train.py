@@ -13,7 +13,7 @@ from rlver_jax import config, errors, trainables
 from rlver_jax.build import build_environment
 from rlver_jax.checkpoint import Checkpoints
 from rlver_jax.errors import UserError
-from rlver_jax.interrupt import Interrupted, Interrupts
+from rlver_jax.interrupt import Interrupted
 from rlver_jax.models import source, weights
 from rlver_jax.sources import open_sources
 
@@ -45,20 +45,6 @@ SIMULATOR_NAMES = {
 
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
-
-
-class StopAt(Interrupts):
-  """Is sent SIGTERM at the n-th time that the run asks whether it shall stop."""
-
-  def __init__(self, n: int):
-    super().__init__()
-    self.left = n
-
-  def check(self):
-    self.left -= 1
-    if self.left == 0:
-      signal.raise_signal(signal.SIGTERM)
-    super().check()
 
 
 def dialogues(workdir, step):
@@ -184,7 +170,7 @@ def check_resumed(finished, settings, workdir, stops):
   last = 0
   for n in stops:
     with pytest.raises(Interrupted) as stop:
-      runs.play(settings, workdir, lambda n=n: StopAt(n))
+      runs.play(settings, workdir, lambda n=n: runs.StopAt(n))
     assert stop.value.signum == signal.SIGTERM
     saved = Checkpoints(str(workdir / "checkpoints"), keep=None).latest()
     done = runs.metrics(workdir)
@@ -239,7 +225,7 @@ def test_a_mixture_gives_each_group_a_level(tmp_path):
 def test_lines_and_dialogues_of_a_step_that_was_not_saved_are_made_again(run, settings, tmp_path):
   """What a kill leaves: the step's files are there, its checkpoint is not."""
   with pytest.raises(Interrupted):
-    runs.play(settings, tmp_path, lambda: StopAt(6))
+    runs.play(settings, tmp_path, lambda: runs.StopAt(6))
   saved = Checkpoints(str(tmp_path / "checkpoints"), keep=None).latest()
   with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
     file.write(f'{{"step": {saved + 1}, "reward/mean": 7.0}}\n{{"step": {saved + 2}, "rew')
