@@ -16,6 +16,8 @@ CONTEXT = 0  # branch number of a context token
 PADDING = -1  # number of a padding token: it sees, and is seen by, padding alone
 DOCUMENT = 1 << 16  # added to the branch numbers of a row's next document
 QUERY_BLOCK = 512  # queries whose scores are alive at a time
+CPU_QUERY_BLOCK = 128  # ... so that they stay in a CPU's cache
+SECTIONS = 4  # of a long row
 NEGATIVE = -1e30  # a score that softmax turns into zero without producing NaN
 
 
@@ -33,29 +35,37 @@ def context_of(branch: jax.Array) -> jax.Array:
   return jnp.where(branch == PADDING, PADDING, branch // DOCUMENT * DOCUMENT + CONTEXT)
 
 
-def tree_attention(branch_BT: jax.Array, query_block: int = QUERY_BLOCK) -> Attention:
+def tree_attention(branch_BT: jax.Array, query_block: int | None = None) -> Attention:
   """Attention for rows whose tokens belong to the branches `branch_BT` (int32; see module).
 
-  Queries are processed in equal blocks of at most `query_block`, each recomputed in the backward
-  pass, so that no [T, T] array is alive for a row longer than a block.
+  Queries are processed in equal blocks of at most `query_block` (by default what suits the
+  platform), each recomputed in the backward pass, so that no [T, T] array is alive for a row
+  longer than a block. The blocks of each of `SECTIONS` parts of a row leave out the keys after
+  that part, which none of them sees.
   """
+  if query_block is None:
+    query_block = CPU_QUERY_BLOCK if jax.default_backend() == "cpu" else QUERY_BLOCK
   T = branch_BT.shape[1]
   order_T = jnp.arange(T)
 
-  def block(q_BtHK, k_BTGK, v_BTGK, branch_Bt, order_t):
-    same_BtT = branch_Bt[:, :, None] == branch_BT[:, None]
+  def block(q_BtHK, branch_Bt, order_t, k_BSGK, v_BSGK):
+    """What queries draw from the first S tokens of their rows."""
+    S = k_BSGK.shape[1]
+    branch_BS, order_S = branch_BT[:, :S], order_T[:S]
+    same_BtS = branch_Bt[:, :, None] == branch_BS[:, None]
     # Context is numbered as its document is.
-    own_context_BtT = context_of(branch_Bt)[:, :, None] == branch_BT[:, None]
-    seen_BtT = (order_T[None, None] <= order_t[None, :, None]) & (own_context_BtT | same_BtT)
-    scores = jnp.where(seen_BtT[:, None, None], grouped_scores(q_BtHK, k_BTGK), NEGATIVE)
-    weights = jax.nn.softmax(scores, -1).astype(v_BTGK.dtype)
-    return jnp.einsum("bgrts,bsgk->btgrk", weights, v_BTGK).reshape(q_BtHK.shape)
+    own_context_BtS = context_of(branch_Bt)[:, :, None] == branch_BS[:, None]
+    seen_BtS = (order_S[None, None] <= order_t[None, :, None]) & (own_context_BtS | same_BtS)
+    scores = jnp.where(seen_BtS[:, None, None], grouped_scores(q_BtHK, k_BSGK), NEGATIVE)
+    weights = jax.nn.softmax(scores, -1).astype(v_BSGK.dtype)
+    return jnp.einsum("bgrts,bsgk->btgrk", weights, v_BSGK).reshape(q_BtHK.shape)
 
   def attention(q_BTHK, k_BTGK, v_BTGK, layer, state):
     del layer
     if T <= query_block:
-      return block(q_BTHK, k_BTGK, v_BTGK, branch_BT, order_T), state
-    n = -(-T // query_block)
+      return block(q_BTHK, branch_BT, order_T, k_BTGK, v_BTGK), state
+    section = -(-T // (query_block * SECTIONS))  # blocks of a section
+    n = section * SECTIONS
     size = -(-T // n)
 
     def split(x):  # [B, T, ...] -> [n, B, size, ...], the last block filled up with zeros
@@ -63,10 +73,15 @@ def tree_attention(branch_BT: jax.Array, query_block: int = QUERY_BLOCK) -> Atte
       return jnp.moveaxis(x.reshape(x.shape[0], n, size, *x.shape[2:]), 1, 0)
 
     blocks = (split(q_BTHK), split(branch_BT), jnp.arange(n * size).reshape(n, size))
-    one = jax.checkpoint(lambda b: block(b[0], k_BTGK, v_BTGK, b[1], b[2]))
-    out_BTHK = jnp.moveaxis(jax.lax.map(one, blocks), 0, 1).reshape(
-      len(q_BTHK), -1, *q_BTHK.shape[2:]
-    )
+
+    def of_section(first):
+      """What the blocks of a section draw: [section, B, size, H, K]."""
+      keys = k_BTGK[:, : (first + section) * size], v_BTGK[:, : (first + section) * size]
+      one = jax.checkpoint(lambda queries: block(*queries, *keys))
+      return jax.lax.map(one, jax.tree.map(lambda x: x[first : first + section], blocks))
+
+    out = jnp.concatenate([of_section(first) for first in range(0, n, section)])
+    out_BTHK = jnp.moveaxis(out, 0, 1).reshape(len(q_BTHK), -1, *q_BTHK.shape[2:])
     return out_BTHK[:, :T], state
 
   return attention

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from rlver_jax import partitioning
-from rlver_jax.models.attention import QUERY_BLOCK, tree_attention
+from rlver_jax.models.attention import tree_attention
 from rlver_jax.models.critic import Critic
 from rlver_jax.models.logprobs import token_logprobs
 from rlver_jax.models.lora import Adapted
@@ -94,18 +94,13 @@ class Parts(NamedTuple):
 
 
 def row_logprobs(
-  model: Qwen2 | Adapted,
-  rows: Rows,
-  *,
-  temperature: float,
-  chunk: int,
-  query_block: int = QUERY_BLOCK,
+  model: Qwen2 | Adapted, rows: Rows, *, temperature: float, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
   """Log-probability and entropy (nats, float32 [B, T]) of every token in `rows.mask`, zero
   elsewhere; each stands at its own token, not at the one that predicts it. The logits of about
-  `chunk` tokens are alive at a time; query_block: see `tree_attention`."""
+  `chunk` tokens are alive at a time."""
   B, T = rows.tokens.shape
-  attention = tree_attention(rows.branch, query_block)
+  attention = tree_attention(rows.branch)
   hidden_BTD, _ = model(rows.tokens, rows.positions, attention)
 
   def ahead(x):

@@ -25,8 +25,6 @@ from rlver_jax.rl.update import (
   row_logprobs,
 )
 
-QUERY_BLOCK = 128  # on a CPU the scores of so few stay in its cache
-
 
 class SupervisedState(NamedTuple):
   """What training changes; named as in `learner.LearnerState`, so that an export reads both."""
@@ -150,5 +148,5 @@ def _score(state: SupervisedState, base, rows: Rows, *, chunk):
 def _negative_log_likelihood(trained, base, rows: Rows, chunk: int) -> jax.Array:
   """The sum over the trained tokens of rows [b, T], in nats."""
   model = policy_model(trained, Frozen(base))
-  logprobs, _ = row_logprobs(model, rows, temperature=1.0, chunk=chunk, query_block=QUERY_BLOCK)
+  logprobs, _ = row_logprobs(model, rows, temperature=1.0, chunk=chunk)
   return -jnp.sum(logprobs)
