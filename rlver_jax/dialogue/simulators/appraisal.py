@@ -235,14 +235,19 @@ def _change(found: Features, intention: str, character: str, leniency: int) -> i
 
 
 def _salient(found: Features, intention: str) -> list[str]:
-  """At most two features that the user would mention, the worst or the most wanted first."""
+  """At most two features that the user would mention, the worst or the most wanted first.
+
+  With the first strategy among them goes whether it is tied to the story, which its worth hangs on.
+  """
   order = ("empty", "gibberish", "artifact", "dismissive", "lecture", "repeated", "off_topic")
   names = [name for name in order if name in found.poor]
   weights = dict(zip(STRATEGIES, WEIGHTS[intention], strict=True))
   names += sorted(found.strategies, key=lambda name: -abs(weights[name][found.strategies[name]]))
   names += ["cliche"] if "cliche" in found.poor else []
   names += ["long"] if found.poor & {"long", "very_long"} else []
-  return names[:2] or ["generic"]
+  first = next((name for name in names[:2] if name in found.strategies), None)
+  ties = [] if first is None else ["tied" if found.strategies[first] else "general"]
+  return [*names[:2], *ties] or ["generic"]
 
 
 def _character(scenario: Scenario) -> str:
