@@ -54,12 +54,10 @@ def test_splits_share_no_text_beyond_templates():
   ]
   assert not every[0] & every[1]
   # Coined words are for training alone, and none of them is a held-out word.
-  coined = {
-    w
-    for i in range(2000)
-    for w in scenarios.detail("train", scenarios.generator(i), 1.0).split()[1:]
-  }
-  assert len(coined) > 3000 and not coined & every[1]
+  lists = [WORDS["held_out_nouns"].split(), WORDS["nouns"].split()]
+  rng = scenarios.generator("coined")
+  coined = {scenarios.coin(rng, words) for words in lists for _ in range(5000)}
+  assert len(coined) > 8000 and not coined & every[1]
 
 
 def test_a_scenario_is_a_function_of_split_number_and_seed():
@@ -103,7 +101,7 @@ def test_a_good_reply_does_what_it_is_called(name):
 def test_a_poor_reply_is_one(name):
   told = scenario_of("advice")
   for text in WORDS["poor"][name]:
-    text = text.format(x=told.topic, z="the pink sailboat")
+    text = text.format(x=told.topic, z="the pink rowboat")
     found = features(text, told, [], [told.first_message])
     assert {"generic": "cliche"}.get(name, name) in found.poor and not found.strategies, text
     assert appraise(text, told, [], [told.first_message]).change < 0
@@ -134,6 +132,23 @@ def test_habits_are_kept():
   assert len({reply.text for reply in replies}) > 1500
   longest = max((reply for reply in replies), key=lambda reply: len(reply.text.split()))
   assert longest.purpose == "long" and len(longest.text.split()) > 150
+
+
+def test_a_garbled_reply_has_faults_and_is_no_better_for_them():
+  def replies(garbled, number):
+    rng = scenarios.generator("garbled", number)
+    habits = Habits(1.0, 0.0, tied=1.0, garbled=garbled)
+    return helper.reply(habits, "advice", ["the red ladder"], [], None, rng).text
+
+  pairs = [(replies(0.0, number), replies(1.0, number)) for number in range(400)]
+  assert sum(garbled != plain for plain, garbled in pairs) > 380
+  assert all(garbled.strip() for _, garbled in pairs)
+  told = dataclasses.replace(scenario_of("advice"), topic="the red ladder")
+
+  def worth(text):
+    return appraise(text, told, [], ["About the red ladder."]).change
+
+  assert sum(worth(plain) for plain, _ in pairs) > sum(worth(g) for _, g in pairs) + 400
 
 
 def test_a_helper_does_not_repeat_itself_unless_on_purpose():

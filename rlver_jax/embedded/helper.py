@@ -7,10 +7,11 @@ scripted user's appraisal alone.
 
 import dataclasses
 import random
+import re
 from collections.abc import Callable
 
 from rlver_jax.dialogue.simulators.appraisal import NEEDS
-from rlver_jax.embedded.scenarios import INTENTIONS, pick, words
+from rlver_jax.embedded.scenarios import INTENTIONS, coin, pick, words
 
 GOOD = tuple(NEEDS.values())
 LONG_WORDS = 155  # more than the scripted user reads with pleasure
@@ -25,7 +26,9 @@ class Habits:
   the other good things. long, repeated: shares of the poor ones, the other four are alike.
   tied: of good replies that take up a detail of the user's; foreign: that bring in one that the
   user never told; the rest stays vague. second: of replies with a second sentence; kind: of those
-  whose second sentence is kind in general. mixed: of good replies that do two things.
+  whose second sentence is kind in general. mixed: of good replies that do two things. stuck: of
+  their sentences that are as one before, if with another detail. garbled: of replies that come out
+  as those of a policy in disarray do.
   """
 
   matched: float
@@ -37,6 +40,8 @@ class Habits:
   second: float = 0.7
   kind: float = 0.35
   mixed: float = 0.08
+  stuck: float = 0.0
+  garbled: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +77,8 @@ def reply(
     text = _poor(habits, purpose, told, untold, rng)
   else:
     text = _good(habits, purpose, told, earlier, untold, rng)
+  if habits.garbled and rng.random() < habits.garbled:
+    text = _garbled(text, told, rng)
   return Reply(text, purpose, _thought(purpose, rng))
 
 
@@ -108,7 +115,7 @@ def _good(habits: Habits, purpose: str, told, earlier, untold, rng) -> str:
     x = untold(rng)
   else:
     x = pick(rng, ("it", "that", "all this"))
-  sentences = [_fresh(tables[purpose]["first"], earlier, rng).format(x=x)]
+  sentences = [_template(habits, tables[purpose]["first"], earlier, rng).format(x=x)]
   if rng.random() < habits.mixed:
     other = pick(rng, [name for name in GOOD if name != purpose])
     sentences.append(pick(rng, tables[other]["first"]).format(x=pick(rng, told)))
@@ -117,18 +124,22 @@ def _good(habits: Habits, purpose: str, told, earlier, untold, rng) -> str:
   elif rng.random() < habits.second:
     kind = rng.random() < habits.kind
     table = words()["kind"]["lines"] if kind else tables[purpose]["then"]
-    sentences.append(_fresh(table, earlier, rng))
+    sentences.append(_template(habits, table, earlier, rng))
   return " ".join(s[0].upper() + s[1:] for s in sentences)
 
 
-def _fresh(templates: list[str], earlier: list[str], rng: random.Random) -> str:
-  """A template that no earlier reply was made from, if there is one left."""
+def _template(habits: Habits, templates: list[str], earlier: list[str], rng: random.Random) -> str:
+  """A template that no earlier reply was made from, if there is one left, or on purpose one that
+  was."""
 
-  def used(template: str) -> bool:
+  def is_used(template: str) -> bool:
     pieces = [piece.casefold() for piece in template.split("{x}")]
     return any(all(piece in text.casefold() for piece in pieces) for text in earlier)
 
-  return pick(rng, [t for t in templates if not used(t)] or templates)
+  used = [template for template in templates if is_used(template)]
+  if habits.stuck and used and rng.random() < habits.stuck:
+    return pick(rng, used)
+  return pick(rng, [t for t in templates if t not in used] or templates)
 
 
 def _poor(habits: Habits, purpose: str, told, untold, rng) -> str:
@@ -140,6 +151,46 @@ def _poor(habits: Habits, purpose: str, told, untold, rng) -> str:
     if (line := pick(rng, lines)) not in chosen:
       chosen.append(line)
   return " ".join(line.format(x=pick(rng, told), z=untold(rng)) for line in chosen)
+
+
+def _garbled(text: str, told: list[str], rng: random.Random) -> str:
+  """The reply with one to three faults: another begun in its midst, sentences strung together or
+  said again, words that mean nothing, a detail half remembered, no end."""
+  tables = words()["good"]
+  for _ in range(1 + int(rng.random() * 3)):
+    said, draw = text.split(), rng.random()
+    cut = int(rng.random() * len(said))
+    if draw < 0.25:
+      table = tables[pick(rng, GOOD)]
+      other = pick(rng, table["first"] + table["then"]).format(x=pick(rng, told)).split()
+      said[cut:] = other[int(rng.random() * len(other)) :]
+    elif draw < 0.4:
+      further = words()["kind"]["lines"] + tables[pick(rng, GOOD)]["then"]
+      said += [pick(rng, further), pick(rng, further)]
+    elif draw < 0.5:
+      sentences = re.split(r"(?<=[.?!]) ", text)
+      said += [pick(rng, sentences), pick(rng, sentences)]
+    elif draw < 0.6:
+      said[cut : cut + 1] = [coin(rng, tuple(said)) for _ in range(1 + int(rng.random() * 3))]
+    elif draw < 0.9:
+      said = _half_remembered(text, told, rng).split()
+    else:
+      said = said[: cut + 1]
+    text = " ".join(said)
+  return text
+
+
+def _half_remembered(text: str, told: list[str], rng: random.Random) -> str:
+  """The reply with a word or two of its detail, or parts of them, put together anew."""
+  for detail in told:
+    if detail in text:
+      _, *named = detail.split()
+      kept = [
+        word if rng.random() < 0.3 else word[: int(rng.random() * len(word))] + coin(rng, named)
+        for word in named
+      ]
+      return text.replace(detail, f"the {' '.join(kept)}")
+  return text
 
 
 def _rambling(told, rng) -> str:

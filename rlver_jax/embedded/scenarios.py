@@ -10,6 +10,7 @@ scenarios and different words; they share no text beyond templates.
 import dataclasses
 import functools
 import importlib.resources
+import itertools
 import pathlib
 import random
 import re
@@ -22,6 +23,7 @@ from rlver_jax.dialogue import scenario as scenario_lib
 from rlver_jax.dialogue import templates
 from rlver_jax.dialogue.dialogue import Dialogue, Rules
 from rlver_jax.dialogue.scenario import Scenario
+from rlver_jax.dialogue.simulators.lexicon import content_of
 from rlver_jax.dialogue.simulators.scripted import ScriptedSimulator
 
 SPLITS = ("train", "held_out")
@@ -62,22 +64,39 @@ def _lists(split: str) -> tuple[list[str], list[str]]:
   return words()[f"{prefix}adjectives"].split(), words()[f"{prefix}nouns"].split()
 
 
+@functools.cache
+def word_lists(split: str) -> tuple[str, ...]:
+  """The words that details of a split are made of."""
+  return tuple(itertools.chain(*_lists(split)))
+
+
 def detail(split: str, rng: random.Random, coined: float = 0.0) -> str:
   """A detail such as "the red ladder"; `coined`: share of its words that mean nothing."""
-  pair = (_coin(rng) if rng.random() < coined else pick(rng, words) for words in _lists(split))
+  lists = _lists(split)
+  pair = (coin(rng, words) if rng.random() < coined else pick(rng, words) for words in lists)
   return f"the {' '.join(pair)}"
 
 
-def _coin(rng: random.Random) -> str:
-  """A word of two syllables or so that can be said and means nothing."""
-  tables = words()["coined"]
-  syllables = [
-    pick(rng, tables["onsets"]) + pick(rng, tables["vowels"]) + pick(rng, tables["codas"])
-    for _ in range(1 + (rng.random() < 0.5))
-  ]
-  word = "".join(syllables) + pick(rng, tables["endings"])
-  # Short ones could be words of the language, which the lists of the scripted user know.
-  return word if len(word) > 4 else _coin(rng)
+def coin(rng: random.Random, like: Sequence[str]) -> str:
+  """A word that means nothing: syllables that can be said, or parts of two of these words."""
+  if rng.random() < 0.5:
+    tables = words()["coined"]
+    syllables = [
+      pick(rng, tables["onsets"]) + pick(rng, tables["vowels"]) + pick(rng, tables["codas"])
+      for _ in range(1 + (rng.random() < 0.5))
+    ]
+    word = "".join(syllables) + pick(rng, tables["endings"])
+  else:
+    first, last = (pick(rng, like) for _ in range(2))
+    word = first[: _within(rng, first)] + last[_within(rng, last) :]
+  # It is no word of a held-out detail, and counts as one word of a detail for the scripted user.
+  fits = len(word) > 4 and word[-1] != "s" and content_of(word, "en")
+  return word if fits and word not in word_lists("held_out") else coin(rng, like)
+
+
+def _within(rng: random.Random, word: str) -> int:
+  """A place between two letters of the word."""
+  return 1 + int(rng.random() * (len(word) - 1))
 
 
 def scenario(
