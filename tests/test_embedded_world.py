@@ -58,6 +58,12 @@ def test_splits_share_no_text_beyond_templates():
   rng = scenarios.generator("coined")
   coined = {scenarios.coin(rng, words) for words in lists for _ in range(5000)}
   assert len(coined) > 8000 and not coined & every[1]
+  in_details = {
+    w
+    for i in range(2000)
+    for w in scenarios.detail("train", scenarios.generator(i), 1.0).split()[1:]
+  }
+  assert len(in_details) > 3000 and not in_details & every[1]
 
 
 def test_a_scenario_is_a_function_of_split_number_and_seed():
@@ -159,6 +165,15 @@ def test_a_helper_does_not_repeat_itself_unless_on_purpose():
       reply = helper.reply(habits, "advice", ["the red ladder"], earlier, None, rng)
       assert all(sentence not in " ".join(earlier) for sentence in [reply.text.split(".")[0]])
       earlier.append(reply.text)
+
+
+def test_a_stuck_helper_says_again_what_it_can():
+  habits = Habits(1.0, 0.0, tied=1.0, second=0.0, mixed=0.0, stuck=1.0)
+  rng, earlier = scenarios.generator("stuck"), []
+  for detail in ("the red ladder", "the blue lamp", "the old kettle"):
+    earlier.append(helper.reply(habits, "advice", [detail], earlier, None, rng).text)
+    assert detail in earlier[-1].casefold()
+  assert len({text.casefold().split("the ")[0] for text in earlier}) == 1
 
 
 def test_dialogues_are_records_of_a_real_state_machine(tmp_path):

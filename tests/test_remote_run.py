@@ -120,7 +120,6 @@ def test_a_spent_budget_saves_and_a_larger_one_goes_on(server, tmp_path):
 
 def test_ctrl_c_is_heard_while_the_server_is_silent(server, tmp_path):
   """And the run goes on from there as if nothing had been."""
-
   from rlver_jax.interrupt import Interrupted
 
   server.decide = lambda c: Answer("late", delay=60)

@@ -156,22 +156,20 @@ def _poor(habits: Habits, purpose: str, told, untold, rng) -> str:
 def _garbled(text: str, told: list[str], rng: random.Random) -> str:
   """The reply with one to three faults: another begun in its midst, sentences strung together or
   said again, words that mean nothing, a detail half remembered, no end."""
-  tables = words()["good"]
   for _ in range(1 + int(rng.random() * 3)):
     said, draw = text.split(), rng.random()
     cut = int(rng.random() * len(said))
     if draw < 0.25:
-      table = tables[pick(rng, GOOD)]
-      other = pick(rng, table["first"] + table["then"]).format(x=pick(rng, told)).split()
+      other = _any_good(told, rng).split()
       said[cut:] = other[int(rng.random() * len(other)) :]
     elif draw < 0.4:
-      further = words()["kind"]["lines"] + tables[pick(rng, GOOD)]["then"]
+      further = words()["kind"]["lines"] + words()["good"][pick(rng, GOOD)]["then"]
       said += [pick(rng, further), pick(rng, further)]
     elif draw < 0.5:
       sentences = re.split(r"(?<=[.?!]) ", text)
       said += [pick(rng, sentences), pick(rng, sentences)]
     elif draw < 0.6:
-      said[cut : cut + 1] = [coin(rng, tuple(said)) for _ in range(1 + int(rng.random() * 3))]
+      said[cut : cut + 1] = [coin(rng, said) for _ in range(1 + int(rng.random() * 3))]
     elif draw < 0.9:
       said = _half_remembered(text, told, rng).split()
     else:
@@ -197,6 +195,11 @@ def _rambling(told, rng) -> str:
   """Everything at once, longer than anyone reads."""
   sentences: list[str] = []
   while sum(len(s.split()) for s in sentences) <= LONG_WORDS:
-    table = words()["good"][pick(rng, GOOD)]
-    sentences.append(pick(rng, table["first"] + table["then"]).format(x=pick(rng, told)))
+    sentences.append(_any_good(told, rng))
   return " ".join(sentences)
+
+
+def _any_good(told: list[str], rng: random.Random) -> str:
+  """A sentence of any of the good replies."""
+  table = words()["good"][pick(rng, GOOD)]
+  return pick(rng, table["first"] + table["then"]).format(x=pick(rng, told))
