@@ -12,7 +12,8 @@ def published(path: str) -> dict:
     # Rollout-and-update steps of the run.
     "steps": 1000,
     "policy": {
-      # Local Hugging Face directory, hub id, or `tiny`.
+      # Local Hugging Face directory, hub id, or `tiny`, whose weights are drawn from
+      # the seed.
       "path": path,
       # Of activations and products: bfloat16 or float32 (on CPU float32 is far faster).
       "dtype": "bfloat16",
@@ -121,6 +122,9 @@ def published(path: str) -> dict:
       "success_at": 100,  # or at least this.
       # Taken from the reward for the share of replies without a well-formed thought (think).
       "malformed_penalty": 0.0,
+      # ... and for the share of replies that say for the most part what an earlier reply of the
+      # dialogue said, which a small simulated user may fail to notice.
+      "repeated_penalty": 0.0,
     },
     # How hard the simulated user is: its prompts (simulator.templates) and the numbers below.
     "environment": {

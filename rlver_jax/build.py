@@ -194,7 +194,11 @@ def build(
     frozen=frozen,
     sampling_base=base,
     rules=build_rules(config),
-    reward=RewardSettings(**config.reward, malformed_penalty=d.malformed_penalty),
+    reward=RewardSettings(
+      **config.reward,
+      malformed_penalty=d.malformed_penalty,
+      repeated_penalty=d.repeated_penalty,
+    ),
     slots=slots(config, mesh),
     row_lengths=row_lengths(config),
   )

@@ -66,6 +66,7 @@ AT_LEAST = _AT_LEAST | {
   "dialogue.group_size": 1,
   "dialogue.max_turns": 1,
   "dialogue.malformed_penalty": 0,
+  "dialogue.repeated_penalty": 0,
   "environment.weights.easy": 0,
   "environment.weights.vanilla": 0,
   "environment.weights.challenging": 0,

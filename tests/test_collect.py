@@ -35,7 +35,7 @@ def step(monkeypatch):
     config = runs.config(**{"dialogue.scenarios_per_step": 3} | fields)
     run = types.SimpleNamespace(
       policy=None, simulator=None, rules=RULES, slots=6, row_lengths=(16,),
-      reward=RewardSettings("final", 1.0, 1.0, 0.0),
+      reward=RewardSettings("final", 1.0, 1.0, 0.0, 0.0),
       learner=types.SimpleNamespace(
         settings=types.SimpleNamespace(estimator=config.algorithm.advantage)
       ),

@@ -55,6 +55,7 @@ def test_the_7b_preset_is_the_published_recipe():
     "dialogue.failure_at": 0,
     "dialogue.success_at": 100,
     "dialogue.malformed_penalty": 0.0,
+    "dialogue.repeated_penalty": 0.0,
     "environment.level": "vanilla",
     "sampling.temperature": 1.0,
     "sampling.top_k": 0,

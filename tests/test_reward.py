@@ -6,7 +6,7 @@ import builders
 import pytest
 
 from rlver_jax.dialogue.dialogue import Dialogue, NoRoom, Plan, PolicyReply, Rules, UserMessage
-from rlver_jax.dialogue.reward import RewardSettings, turn_rewards
+from rlver_jax.dialogue.reward import RewardSettings, said_again, turn_rewards
 
 RULES = Rules(initial_emotion=30, max_turns=99, failure_at=-1000, success_at=1000)
 
@@ -24,8 +24,8 @@ def dialogue(changes, well_formed=None, unanswered=False, rules=RULES):
   return d
 
 
-def rewards(d, kind, final=1.0, change=1.0, penalty=0.0):
-  return turn_rewards(d, RewardSettings(kind, final, change, penalty))
+def rewards(d, kind, final=1.0, change=1.0, penalty=0.0, repeated=0.0):
+  return turn_rewards(d, RewardSettings(kind, final, change, penalty, repeated))
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,23 @@ def test_thoughts_that_are_not_well_formed_are_taken_from_the_last_reply(kind, e
   found = rewards(d, kind, penalty=0.4)
   assert found == pytest.approx([*expected[:-1], expected[-1] - 0.3])
   assert rewards(d, kind, penalty=0.0) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["final", "change", "both"])
+def test_what_is_said_again_is_taken_from_the_reply_that_says_it(kind):
+  """All but the first of four are the same words; unless they are not."""
+  d = dialogue([10, -6, 0, 5])
+  plain, found = rewards(d, kind), rewards(d, kind, repeated=0.8)
+  assert found == pytest.approx([plain[0], *(reward - 0.2 for reward in plain[1:])])
+  other = Dialogue(0, 0, builders.scenario(), RULES)
+  for text in ("Tell me more about the red ladder.", "I admire how you cared for her.", "Go on."):
+    for answer in (PolicyReply(text, "hm", True, True, 3), Plan(1), UserMessage("Well.")):
+      other.advance(answer)
+  other.advance(PolicyReply("You know, tell me more about the red ladder.", "hm", True, True, 3))
+  assert said_again(other) == [False, False, False, True]
+  other.advance(NoRoom())
+  plain, found = rewards(other, kind), rewards(other, kind, repeated=0.8)
+  assert found == pytest.approx([*plain[:-1], plain[-1] - 0.2])
 
 
 @pytest.mark.parametrize("kind", ["final", "change", "both"])

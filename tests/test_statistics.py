@@ -83,6 +83,7 @@ def test_metrics_of_dialogues_worked_out_by_hand():
     "dialogue/distinct_1": 1 / 10,
     "dialogue/distinct_2": math.nan,
     "dialogue/repeated_rate": 1,
+    "dialogue/said_again_rate": 4 / 10,
     **{f"strategies/{name}": 0 for name in STRATEGIES},
     "strategies/distinct": 0,
     "strategies/matched": 0,
@@ -107,6 +108,7 @@ def test_dialogues_without_a_reply_have_no_rates():
   assert math.isnan(found["tokens/reply_mean"])
   assert math.isnan(found["dialogue/distinct_1"])
   assert math.isnan(found["dialogue/repeated_rate"])
+  assert math.isnan(found["dialogue/said_again_rate"])
   assert math.isnan(found["strategies/matched"])
   assert found["strategies/distinct"] == 0
   assert found["emotion/final_mean"] == 30
@@ -155,6 +157,8 @@ def test_distinct_n_is_that_of_a_counter(seed):
 def test_a_reply_is_repeated_where_another_one_is_equal_in_any_dialogue():
   batch = [said("I see.", "Tell me."), said("I see. ", "I see."), said("tell me.")]
   assert variety_metrics(batch)["dialogue/repeated_rate"] == 2 / 5
+  # Said again within a dialogue: by the same words, whatever the spaces.
+  assert variety_metrics(batch)["dialogue/said_again_rate"] == 1 / 5
 
 
 LISTEN = "I'm listening, take your time. What happened then?"

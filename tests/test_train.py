@@ -12,6 +12,7 @@ import runs
 from rlver_jax import config, errors, trainables
 from rlver_jax.build import build_environment
 from rlver_jax.checkpoint import Checkpoints
+from rlver_jax.dialogue.simulators.appraisal import repeats
 from rlver_jax.errors import UserError
 from rlver_jax.interrupt import Interrupted
 from rlver_jax.models import source, weights
@@ -21,7 +22,7 @@ from rlver_jax.sources import open_sources
 METRICS = {
   "compile": "from_cache programs seconds",
   "dialogue": "end_failed end_failure end_goodbye end_length end_success end_turns turns_mean"
-  " distinct_1 distinct_2 repeated_rate",
+  " distinct_1 distinct_2 repeated_rate said_again_rate",
   "environment": "vanilla_accepted vanilla_dialogues vanilla_final_mean vanilla_spread",
   "emotion": "failure_rate final_max final_mean final_min success_rate turn_01 turn_02",
   "format": "failure_rate truncated_rate",
@@ -438,10 +439,11 @@ def test_the_other_estimators_run(changes, tmp_path):
 
 
 @pytest.mark.slow
-def test_thinking_epochs_and_the_penalty(tmp_path):
+def test_thinking_epochs_and_penalties(tmp_path):
   changes = {
     "dialogue.mode": "think",
     "dialogue.malformed_penalty": 0.25,
+    "dialogue.repeated_penalty": 0.5,
     "algorithm.epochs": 2,
     "optimizer.schedule": "cosine",
     "optimizer.warmup_fraction": 0.0,
@@ -457,8 +459,11 @@ def test_thinking_epochs_and_the_penalty(tmp_path):
     malformed = [np.mean([not m["well_formed"] for m in said]) for said in replies]
     assert record["format/failure_rate"] == pytest.approx(np.mean(malformed))
     assert record["format/failure_rate"] > 0
+    texts = [[m["content"] for m in said] for said in replies]
+    again = [np.mean([repeats(t, said[:i], "en") for i, t in enumerate(said)]) for said in texts]
     rewards = [
-      max(d["emo_point"], 0) / 100 - 0.25 * share for d, share in zip(kept, malformed, strict=True)
+      max(d["emo_point"], 0) / 100 - 0.25 * share - 0.5 * more
+      for d, share, more in zip(kept, malformed, again, strict=True)
     ]
     assert record["reward/mean"] == pytest.approx(np.mean(rewards))
     # The second pass sees a policy that the first one has changed.

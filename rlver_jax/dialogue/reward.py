@@ -4,16 +4,18 @@ import dataclasses
 
 from rlver_jax.dialogue import emotion as emotion_lib
 from rlver_jax.dialogue.dialogue import Dialogue
+from rlver_jax.dialogue.simulators.appraisal import repeats
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardSettings:
-  """Fields as in configs/recipe.py, section `reward`, and `dialogue.malformed_penalty`."""
+  """Fields as in configs/recipe.py, section `reward`, and `dialogue.*_penalty`."""
 
   kind: str
   final_weight: float
   change_weight: float
   malformed_penalty: float
+  repeated_penalty: float
 
 
 def turn_rewards(dialogue: Dialogue, settings: RewardSettings) -> list[float]:
@@ -21,8 +23,10 @@ def turn_rewards(dialogue: Dialogue, settings: RewardSettings) -> list[float]:
 
   The last reply earns max(final emotion, 0) / 100 (`final`, `both`), less the penalty times the
   share of replies without a well-formed thought; each reply earns the change of emotion that
-  followed / 100 (`change`, `both`; a last reply that was not appraised earns none). Empty for a
-  dialogue without replies, and for one whose user failed: it has no final emotion.
+  followed / 100 (`change`, `both`; a last reply that was not appraised earns none). A reply that
+  says again what one of the policy's before it said loses the penalty for that, over the number of
+  replies. Empty for a dialogue without replies, and for one whose user failed: it has no final
+  emotion.
   """
   if dialogue.failed:
     return []
@@ -39,4 +43,14 @@ def turn_rewards(dialogue: Dialogue, settings: RewardSettings) -> list[float]:
     rewards[-1] += settings.final_weight * emotion_lib.reward(dialogue.emotion)
   malformed = sum(not reply.well_formed for reply in replies) / len(replies)
   rewards[-1] -= settings.malformed_penalty * malformed
+  if settings.repeated_penalty:
+    for i, again in enumerate(said_again(dialogue)):
+      rewards[i] -= settings.repeated_penalty * again / len(replies)
   return rewards
+
+
+def said_again(dialogue: Dialogue) -> list[bool]:
+  """For each reply whether most of it is in an earlier one, by word triples."""
+  texts = [reply.text for reply in dialogue.replies]
+  language = dialogue.scenario.language
+  return [repeats(text, texts[:i], language) for i, text in enumerate(texts)]

@@ -14,6 +14,7 @@ import numpy as np
 
 from rlver_jax.dialogue import emotion as emotion_lib
 from rlver_jax.dialogue.dialogue import Dialogue
+from rlver_jax.dialogue.reward import said_again
 from rlver_jax.dialogue.simulators import lexicon
 from rlver_jax.dialogue.simulators.appraisal import NEEDS, features
 
@@ -66,7 +67,9 @@ def variety_metrics(dialogues: Sequence[Dialogue]) -> dict[str, float]:
 
   dialogue/distinct_n: different n-grams of words (of characters in Chinese) / all n-grams, each
   within one reply, over all replies; it falls with the number of replies, so compare batches of a
-  size. dialogue/repeated_rate: the share of replies that are, to the letter, another one's text.
+  size. dialogue/repeated_rate: the share of replies that are, to the letter, another one's text;
+  dialogue/said_again_rate: of those that say for the most part what one before them in the same
+  dialogue said.
   """
   texts = [(reply.text, d.scenario.language) for d in dialogues for reply in d.replies]
   units = [lexicon.units(lexicon.plain(text), language) for text, language in texts]
@@ -76,6 +79,7 @@ def variety_metrics(dialogues: Sequence[Dialogue]) -> dict[str, float]:
     metrics[f"dialogue/distinct_{n}"] = len(set(grams)) / len(grams) if grams else math.nan
   count = Counter(text for text, _ in texts)
   metrics["dialogue/repeated_rate"] = _mean([count[text] > 1 for text, _ in texts])
+  metrics["dialogue/said_again_rate"] = _mean([x for d in dialogues for x in said_again(d)])
   return metrics
 
 

@@ -10,6 +10,7 @@ Nothing the reply says of itself (a score, a label, a role) earns anything.
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 
 from rlver_jax.dialogue.dialogue import Plan
 from rlver_jax.dialogue.emotion import MAX_CHANGE, MIN_CHANGE
@@ -172,8 +173,13 @@ def _is_gibberish(text: str, units: list[str], lexicon: lexicon_lib.Lexicon) -> 
   return _variety(units) < 0.2
 
 
-def _repeats(units: list[str], earlier: list[str], language: str) -> bool:
-  """Whether most of the reply was said before: in itself, by the helper or by the user."""
+def repeats(reply: str, earlier: Sequence[str], language: str) -> bool:
+  """Whether most of the reply was said before: in itself, or in one of the earlier texts."""
+  units = lexicon_lib.units(lexicon_lib.plain(reply), language)
+  return bool(units) and _repeats(units, earlier, language)
+
+
+def _repeats(units: list[str], earlier: Sequence[str], language: str) -> bool:
   if _variety(units) < 0.6:
     return True
   grams = set(_grams(units))
