@@ -14,7 +14,7 @@ from configs import common, recipe
 def get_config(preset: str = "tiny") -> ConfigDict:
   """Every field with the preset's values."""
   embedded = {"tiny": "chat", "tiny-policy": "policy", "tiny-simulator": "simulator"}
-  config = ConfigDict(_fields("tiny" if preset in embedded else common.model(preset)))
+  config = ConfigDict(_fields(preset if preset in embedded else common.model(preset)))
   if preset in embedded:
     _tiny(config)
     config.data.kind = embedded[preset]
@@ -99,10 +99,10 @@ def _fields(path: str) -> dict:
 
 
 def _tiny(config: ConfigDict) -> None:
-  """The embedded model from scratch on two CPU cores."""
+  """An embedded model from scratch on two CPU cores."""
   config.steps = 300
   config.policy.update(dtype="float32", remat="none", from_scratch=True)
   config.data.templates = "tiny"
-  config.training.update(rows=8, row_length=1024, microbatch=8, logprob_chunk=4096)
+  config.training.update(rows=8, row_length=1024, microbatch=8, logprob_chunk=512)
   config.optimizer.update(learning_rate=3e-3, warmup_fraction=0.05, b2=0.98)
   config.log.every = 10

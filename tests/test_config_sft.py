@@ -34,7 +34,7 @@ def test_every_preset_is_valid_once_it_has_examples(preset):
   config_lib.validate(config)
   assert config_lib.flatten(config).keys() == FIELDS.keys()
   assert config.policy.from_scratch == (preset == "tiny")
-  assert config.policy.path == common.MODELS[preset]
+  assert config.policy.path == ("tiny" if preset == "tiny" else common.MODELS[preset])
 
 
 def test_an_unknown_preset_is_named_with_those_there_are():

@@ -20,12 +20,15 @@ import shutil
 from absl import flags
 
 from rlver_jax import cli
+from rlver_jax import workdir as workdir_lib
 from rlver_jax.embedded import dialogues as dialogues_lib
+from rlver_jax.embedded import drill, start
 from rlver_jax.embedded import scenarios as scenarios_lib
 from rlver_jax.embedded.dialogues import Plan
 from rlver_jax.embedded.fidelity import Fidelity, fidelity
 from rlver_jax.embedded.helper import Habits
 from rlver_jax.errors import UserError
+from rlver_jax.interrupt import Interrupted, Interrupts
 
 ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
 MANIFEST = "manifest.json"
@@ -35,9 +38,12 @@ SCENARIOS = {"train": ("tiny", 256), "held_out": ("tiny-held-out", 64)}
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """One supervised run: `count` dialogues of `plan`, packed into rows of `row_length` tokens."""
+  """One supervised run on `count` dialogues of a plan, or on chats of an exercise of `drill.py`.
 
-  plan: Plan
+  They are packed into `rows` rows of `row_length` tokens for each of `steps` updates.
+  """
+
+  plan: Plan | str
   count: int
   steps: int
   rows: int
@@ -45,34 +51,49 @@ class Stage:
   learning_rate: float
 
 
-# Short dialogues first, which cost least a token, then whole ones, for what is far into a dialogue.
-_POLICY = Plan("train", Habits(0.5, 0.2), thinking=0.5, turns=(1, 4), coined=0.4)
+# A helper that mostly does what is needed comes first, which teaches what depends on what; then
+# the mixture of good and poor replies that the policy is to start with. Short dialogues cost least
+# a token; whole ones follow, for what is far into a dialogue.
+_ABLE = Plan("train", Habits(0.85, 0.1, long=0.03), thinking=0.5, turns=(1, 4), coined=0.7)
+_POLICY = Plan("train", Habits(0.5, 0.25, long=0.03), thinking=0.5, turns=(5, 10), coined=0.7)
+# A simulated user meets more of what is rare and of what a policy in training comes up with.
 _SIMULATOR = Plan(
   "train",
-  Habits(0.3, 0.25, foreign=0.03, repeated=0.08, long=0.04),
+  Habits(
+    0.5, 0.2, long=0.03, repeated=0.3, tied=0.7, foreign=0.12, mixed=0.12, stuck=0.5, garbled=0.15
+  ),
   thinking=0.0,
-  emotions=(5, 90),
-  turns=(1, 4),
+  emotions=(5, 95),
+  turns=(1, 3),
   unopened=0.1,
-  coined=0.4,
-)
+  coined=0.7,
+)  # fmt: skip
+_WHOLE = dataclasses.replace(_SIMULATOR, turns=(2, 10))
+_REPEAT = Stage("repeat", 6000, 500, 2, 512, 3e-3)
 STAGES = {
   "policy": (
-    Stage(_POLICY, 9000, 600, 4, 1024, 3e-3),
-    Stage(dataclasses.replace(_POLICY, turns=(5, 10)), 2000, 120, 2, 1792, 1e-3),
+    _REPEAT,
+    Stage(_ABLE, 12000, 500, 4, 1152, 3e-3),
+    Stage(_ABLE, 12000, 600, 4, 1152, 3e-3),
+    Stage(_POLICY, 2500, 250, 3, 1664, 2e-3),
   ),
   "simulator": (
-    Stage(_SIMULATOR, 12000, 1400, 3, 1216, 3e-3),
-    Stage(dataclasses.replace(_SIMULATOR, turns=(5, 10)), 2000, 150, 2, 2304, 1e-3),
+    _REPEAT,
+    Stage(_SIMULATOR, 10000, 700, 4, 1152, 3e-3),
+    Stage("recognise", 3000, 250, 4, 1152, 3e-3),
+    Stage(_WHOLE, 3000, 300, 2, 2304, 2e-3),
   ),
 }
+# Whose replies the simulated user is measured on: those of the policy as it starts, and worse.
+HELPERS = {"policy": _POLICY.habits, "in disarray": _SIMULATOR.habits}
 HELD_OUT = 100  # dialogues that a stage is measured on
+DRILL_SEED = 7  # of the first weights and the drill, which both models begin with
 SEEDS = {"policy": 1, "simulator": 2}
 
 MODEL = flags.DEFINE_enum("model", None, [*STAGES, "scenarios"], "What to make.")
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
   del argv
   if MODEL.value is None:
     raise UserError("--model is missing, expected one of: policy, simulator, scenarios.")
@@ -80,11 +101,16 @@ def main(argv: list[str]) -> None:
     for split, (name, count) in SCENARIOS.items():
       scenarios_lib.write(ASSETS / "scenarios" / f"{name}.jsonl", split, count, SEED)
       print(f"Wrote {count} scenarios to {name}.jsonl.")
-    return
+    return 0
   workdir = pathlib.Path(cli.WORKDIR.value or f"runs/embedded-{MODEL.value}").expanduser()
-  made = train(MODEL.value, workdir)
+  try:
+    made = train(MODEL.value, workdir)
+  except Interrupted as stop:
+    print(f"{stop}; the same command goes on from the checkpoint.", flush=True)
+    return 128 + stop.signum
   install(made, ASSETS / f"tiny-{MODEL.value}")
   print(f"Wrote {ASSETS / f'tiny-{MODEL.value}'}.")
+  return 0
 
 
 def train(model: str, workdir: pathlib.Path) -> pathlib.Path:
@@ -92,23 +118,23 @@ def train(model: str, workdir: pathlib.Path) -> pathlib.Path:
   from configs import sft as sft_configs
   from rlver_jax import config as config_lib
   from rlver_jax import export, sft
-  from rlver_jax import workdir as workdir_lib
-  from rlver_jax.interrupt import Interrupts
   from rlver_jax.supervised import progress
 
   interrupts, last = Interrupts(), len(STAGES[model])
-  exported, summary = workdir, {}
+  exported, summary = begin(model, workdir), {}
   for number, stage in enumerate(STAGES[model], 1):
     config = sft_configs.get_config(f"tiny-{model}")
-    config.seed = SEEDS[model] + 100 * number
+    config.seed = DRILL_SEED if stage.plan == "repeat" else SEEDS[model] + 100 * number
     config.steps = stage.steps
+    check_stage(workdir / f"stage{number}.json", stage)
     config.data.path = str(workdir / f"stage{number}.jsonl")
     config.data.held_out = str(workdir / f"stage{number}-held-out.jsonl")
     config.training.update(rows=stage.rows, microbatch=stage.rows, row_length=stage.row_length)
     config.optimizer.learning_rate = stage.learning_rate
-    if number > 1:
-      config.policy.update(path=str(exported), from_scratch=False)
-    write_dialogues(stage, config)
+    config.policy.update(path=str(exported), from_scratch=False)
+    if isinstance(stage.plan, str):
+      config.data.kind = "chat"
+    write_examples(stage, config)
     config_lib.validate(config)
     cli.configure_jax(config)
     sources = sft.open_sources(config)
@@ -121,7 +147,9 @@ def train(model: str, workdir: pathlib.Path) -> pathlib.Path:
     export.export(run, exported, step=None, best=False, dtype=dtype)
   held_out = {"loss": round(summary["held_out_loss"], 4)}
   if model == "simulator":
-    held_out |= {k: round(v, 4) for k, v in dataclasses.asdict(measure(str(exported))).items()}
+    for helper, habits in HELPERS.items():
+      found = dataclasses.asdict(measure(str(exported), habits))
+      held_out[helper] = {name: round(value, 4) for name, value in found.items()}
   manifest = {
     "command": f"python -m rlver_jax.embedded.build --model={model}",
     "seed": SEEDS[model],
@@ -134,18 +162,51 @@ def train(model: str, workdir: pathlib.Path) -> pathlib.Path:
   return exported
 
 
-def write_dialogues(stage: Stage, config) -> None:
-  """Writes the dialogues of a stage, and some to measure on, where they are not there yet."""
-  other = dataclasses.replace(stage.plan, split="held_out", coined=0.0)
-  wanted = ((config.data.path, stage.plan, stage.count), (config.data.held_out, other, HELD_OUT))
-  for path, plan, count in wanted:
-    if not pathlib.Path(path).exists():
-      print(f"Writing {count:,} dialogues to {path} ...", flush=True)
+def begin(model: str, workdir: pathlib.Path) -> pathlib.Path:
+  """Writes the weights that the first stage starts from; returns their directory."""
+  from rlver_jax import partitioning
+  from rlver_jax.models import source
+
+  opened = source.open_source(
+    f"tiny-{model}", "--model", dtype="float32", param_dtype="float32", from_scratch=True
+  )
+  directory = workdir / "exported0"
+  shutil.rmtree(directory, ignore_errors=True)
+  start.write(opened, partitioning.make_mesh(1, -1, 1), DRILL_SEED, directory)
+  return directory
+
+
+def check_stage(path: pathlib.Path, stage: Stage) -> None:
+  """Notes the recipe of a stage beside its run; UserError where another one's is noted there."""
+  recipe = json.loads(json.dumps(dataclasses.asdict(stage)))
+  if path.exists() and json.loads(path.read_text("utf-8")) != recipe:
+    raise UserError(
+      f"{path} holds another recipe than the stage has now, expected the same or another --workdir."
+    )
+  path.parent.mkdir(parents=True, exist_ok=True)
+  workdir_lib.write_json(path, recipe)
+
+
+def write_examples(stage: Stage, config) -> None:
+  """Writes the examples of a stage, and some to measure on, where they are not there yet."""
+  for path, split, count in (
+    (config.data.path, "train", stage.count),
+    (config.data.held_out, "held_out", HELD_OUT),
+  ):
+    if pathlib.Path(path).exists():
+      continue
+    print(f"Writing {count:,} examples to {path} ...", flush=True)
+    if isinstance(stage.plan, str):
+      drill.write(pathlib.Path(path), stage.plan, split, count, config.seed)
+    else:
+      coined = stage.plan.coined if split == "train" else 0.0
+      plan = dataclasses.replace(stage.plan, split=split, coined=coined)
       dialogues_lib.write(pathlib.Path(path), plan, count, config.seed)
 
 
-def measure(path: str) -> Fidelity:
-  """How the simulated user in this directory (or of this name) appraises held-out dialogues."""
+def measure(path: str, habits: Habits) -> Fidelity:
+  """How the simulated user in this directory (or of this name) appraises what a helper with these
+  habits says to held-out users."""
   from configs import grpo
   from rlver_jax import build
   from rlver_jax.sources import open_sources
@@ -157,7 +218,7 @@ def measure(path: str) -> Fidelity:
   )  # fmt: skip
   config.data.path = SCENARIOS["held_out"][0]
   config.sampling.update(extend_buckets=(32, 96), smallest_window=256, decode_steps=64)
-  plan = Plan("held_out", _POLICY.habits, 0.0, turns=(10, 10))
+  plan = Plan("held_out", habits, 0.0, turns=(10, 10))
   dialogues = [dialogues_lib.play(plan, number, SEED) for number in range(SCENARIOS["held_out"][1])]
   sources = open_sources(config)
   slots = build.slots(config, sources.mesh)
@@ -173,7 +234,7 @@ def digests(directory: pathlib.Path) -> dict[str, str]:
 def install(made: pathlib.Path, directory: pathlib.Path) -> None:
   """Puts the files of `made` in place of those of `directory`, the manifest last."""
   directory.mkdir(parents=True, exist_ok=True)
-  for path in sorted(made.iterdir(), key=lambda path: path.name == MANIFEST):
+  for path in sorted(made.iterdir(), key=lambda path: (path.name == MANIFEST, path.name)):
     temporary = directory / f".{path.name}.tmp"
     shutil.copyfile(path, temporary)
     os.replace(temporary, directory / path.name)

@@ -16,8 +16,8 @@ from rlver_jax.errors import UserError
 from rlver_jax.models import hub, weights
 from rlver_jax.models.qwen2 import Qwen2, Qwen2Config
 
-# The paths that name embedded models.
-EMBEDDED = ("tiny",)
+# The paths that name embedded models, all drawn from a seed as long as none ships weights.
+EMBEDDED = ("tiny", "tiny-policy", "tiny-simulator")
 
 
 @dataclasses.dataclass(frozen=True)

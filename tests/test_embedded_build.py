@@ -1,0 +1,75 @@
+"""How models of the embedded world are made: by a recipe of two short stages."""
+
+import json
+import re
+
+import pytest
+import runs
+
+from rlver_jax.embedded import build, drill, scenarios
+from rlver_jax.embedded.build import Stage
+from rlver_jax.errors import UserError
+
+RECIPES = {
+  "policy": (Stage("repeat", 40, 2, 2, 256, 1e-3), Stage(build._ABLE, 12, 2, 2, 1152, 1e-3))
+}
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+  monkeypatch.setattr(build, "STAGES", RECIPES)
+  monkeypatch.setattr(build, "HELD_OUT", 4)
+
+
+@pytest.mark.slow
+def test_a_build_is_a_function_of_its_seeds_and_goes_on_where_it_was(tmp_path, monkeypatch):
+  with runs.signals_restored():
+    first = build.train("policy", tmp_path / "first")
+    found = json.loads((first / build.MANIFEST).read_text("utf-8"))
+    assert found["files"] == build.digests(first) and "model.safetensors" in found["files"]
+    assert found["held_out"].keys() == {"loss"}
+    # Stopped before its second stage, and gone on with.
+    with monkeypatch.context() as patch:
+      patch.setattr(build, "STAGES", {"policy": RECIPES["policy"][:1]})
+      build.train("policy", tmp_path / "second")
+    second = build.train("policy", tmp_path / "second")
+    assert build.digests(second) == found["files"]
+
+
+def test_a_folder_of_another_recipe_is_refused(tmp_path):
+  drill, able = RECIPES["policy"]
+  build.check_stage(tmp_path / "stage1.json", drill)
+  build.check_stage(tmp_path / "stage1.json", drill)
+  with pytest.raises(UserError, match=r"stage1\.json holds another recipe .*, expected the same"):
+    build.check_stage(tmp_path / "stage1.json", able)
+
+
+def test_files_are_installed_with_the_manifest_last(tmp_path, monkeypatch):
+  made, order = tmp_path / "made", []
+  made.mkdir()
+  for name in (build.MANIFEST, "a", "z"):
+    (made / name).write_text(name)
+  replace = build.os.replace
+  monkeypatch.setattr(
+    build.os, "replace", lambda old, new: (order.append(new.name), replace(old, new))
+  )
+  build.install(made, tmp_path / "out")
+  assert order == ["a", "z", build.MANIFEST]
+  assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(order)
+
+
+@pytest.mark.parametrize("exercise", drill.EXERCISES)
+def test_an_exercise_is_a_function_of_its_seed_and_is_about_its_split(tmp_path, exercise):
+  for name, split, seed in (("a", "train", 1), ("b", "train", 1), ("c", "held_out", 1)):
+    drill.write(tmp_path / name, exercise, split, 6, seed)
+  a, b, c = ((tmp_path / name).read_text("utf-8") for name in "abc")
+  assert a == b != c
+  held_out = set(scenarios.word_lists("held_out"))
+  assert held_out & set(re.findall("[a-z]+", c)) and not held_out & set(re.findall("[a-z]+", a))
+  for line in a.splitlines():
+    chat = json.loads(line)["messages"]
+    learned = [m["content"] for m in chat if m["role"] == "assistant" and m.get("train", True)]
+    if exercise == "repeat":
+      assert learned == [" ".join([chat[1]["content"]] * drill.TIMES)]
+    else:
+      assert len(learned) == drill.REPLIES and all(text.startswith("Says: ") for text in learned)
