@@ -37,9 +37,9 @@ def test_a_build_is_a_function_of_its_seeds_and_goes_on_where_it_was(tmp_path, m
 
 
 def test_a_folder_of_another_recipe_is_refused(tmp_path):
-  drill, able = RECIPES["policy"]
-  build.check_stage(tmp_path / "stage1.json", drill)
-  build.check_stage(tmp_path / "stage1.json", drill)
+  repeat, able = RECIPES["policy"]
+  build.check_stage(tmp_path / "stage1.json", repeat)
+  build.check_stage(tmp_path / "stage1.json", repeat)
   with pytest.raises(UserError, match=r"stage1\.json holds another recipe .*, expected the same"):
     build.check_stage(tmp_path / "stage1.json", able)
 

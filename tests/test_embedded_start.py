@@ -1,11 +1,14 @@
 """The weights that a tiny model starts from: before any training it half repeats what it read."""
 
+import shutil
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rlver_jax import partitioning
 from rlver_jax.embedded import start
+from rlver_jax.errors import UserError
 from rlver_jax.models import source, weights
 from rlver_jax.models.attention import tree_attention
 
@@ -55,3 +58,12 @@ def test_the_directory_is_a_function_of_the_seed_and_holds_a_model(tmp_path):
     np.testing.assert_array_equal(
       getattr(model.layers, name)[...][2:], getattr(drawn.layers, name)[...][2:]
     )
+
+
+@pytest.mark.parametrize("path", ["tiny-policy", "tiny-simulator"])
+def test_a_model_that_has_to_be_made_first_is_not_drawn_instead(path, monkeypatch, tmp_path):
+  made = source.embedded_directory(path)
+  shutil.copytree(made, tmp_path / path, ignore=shutil.ignore_patterns("*.safetensors"))
+  monkeypatch.setattr(source, "embedded_directory", lambda name: tmp_path / name)
+  with pytest.raises(UserError, match=r"model\.safetensors"):
+    source.open_source(path, "policy.path", dtype="float32", param_dtype="float32")

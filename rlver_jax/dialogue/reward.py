@@ -23,9 +23,9 @@ def turn_rewards(dialogue: Dialogue, settings: RewardSettings) -> list[float]:
 
   The last reply earns max(final emotion, 0) / 100 (`final`, `both`), less the penalty times the
   share of replies without a well-formed thought; each reply earns the change of emotion that
-  followed / 100 (`change`, `both`; a last reply that was not appraised earns none). A reply that
-  says again what one of the policy's before it said loses the penalty for that, over the number of
-  replies. Empty for a dialogue without replies, and for one whose user failed: it has no final
+  followed / 100 (`change`, `both`; a last reply that was not appraised earns none). A reply of
+  which most was said before (`said_again`) loses the penalty for that, over the number of replies.
+  Empty for a dialogue without replies, and for one whose user failed: it has no final
   emotion.
   """
   if dialogue.failed:
@@ -50,7 +50,7 @@ def turn_rewards(dialogue: Dialogue, settings: RewardSettings) -> list[float]:
 
 
 def said_again(dialogue: Dialogue) -> list[bool]:
-  """For each reply whether most of it is in an earlier one, by word triples."""
+  """For each reply whether most of it was said before: in an earlier one, or in itself."""
   texts = [reply.text for reply in dialogue.replies]
   language = dialogue.scenario.language
   return [repeats(text, texts[:i], language) for i, text in enumerate(texts)]

@@ -4,10 +4,11 @@
     --model=simulator   a simulated user distilled from the scripted one, both of its calls
     --model=scenarios   the package's scenario files `tiny` and `tiny-held-out`
 
-A model is made in four steps, each of which is what a user would do with data of their own:
-dialogues of the embedded world are written as records, `sft.py` trains on them from scratch
-(`configs/sft.py:tiny-policy`, `tiny-simulator`), `export.py` writes a Hugging Face directory, and
-its files are listed with their SHA-256 in a manifest. An interrupted build goes on where it was.
+A model starts from the weights of `start.py` and is trained in stages, each in steps that a user
+would take with data of their own: exercises (`drill.py`) or dialogues of the embedded world are
+written as chats or records, `sft.py` trains on them (`configs/sft.py:tiny-policy`,
+`tiny-simulator`), and `export.py` writes a Hugging Face directory. The files of the last are listed
+with their SHA-256 in a manifest. An interrupted build goes on where it was.
 """
 
 import dataclasses
@@ -19,16 +20,14 @@ import shutil
 
 from absl import flags
 
-from rlver_jax import cli
-from rlver_jax import workdir as workdir_lib
+from rlver_jax import cli, files
 from rlver_jax.embedded import dialogues as dialogues_lib
-from rlver_jax.embedded import drill, start
+from rlver_jax.embedded import drill
 from rlver_jax.embedded import scenarios as scenarios_lib
 from rlver_jax.embedded.dialogues import Plan
 from rlver_jax.embedded.fidelity import Fidelity, fidelity
 from rlver_jax.embedded.helper import Habits
 from rlver_jax.errors import UserError
-from rlver_jax.interrupt import Interrupted, Interrupts
 
 ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
 MANIFEST = "manifest.json"
@@ -40,7 +39,8 @@ SCENARIOS = {"train": ("tiny", 256), "held_out": ("tiny-held-out", 64)}
 class Stage:
   """One supervised run on `count` dialogues of a plan, or on chats of an exercise of `drill.py`.
 
-  They are packed into `rows` rows of `row_length` tokens for each of `steps` updates.
+  plan: of the dialogues, or the exercise's name. They are packed into `rows` rows of `row_length`
+  tokens for each of `steps` updates.
   """
 
   plan: Plan | str
@@ -87,7 +87,7 @@ STAGES = {
 # Whose replies the simulated user is measured on: those of the policy as it starts, and worse.
 HELPERS = {"policy": _POLICY.habits, "in disarray": _SIMULATOR.habits}
 HELD_OUT = 100  # dialogues that a stage is measured on
-DRILL_SEED = 7  # of the first weights and the drill, which both models begin with
+DRILL_SEED = 7  # of the first weights and the exercise `repeat`, which both models begin with
 SEEDS = {"policy": 1, "simulator": 2}
 
 MODEL = flags.DEFINE_enum("model", None, [*STAGES, "scenarios"], "What to make.")
@@ -102,6 +102,8 @@ def main(argv: list[str]) -> int:
       scenarios_lib.write(ASSETS / "scenarios" / f"{name}.jsonl", split, count, SEED)
       print(f"Wrote {count} scenarios to {name}.jsonl.")
     return 0
+  from rlver_jax.interrupt import Interrupted  # late, so that a wrong flag is answered at once
+
   workdir = pathlib.Path(cli.WORKDIR.value or f"runs/embedded-{MODEL.value}").expanduser()
   try:
     made = train(MODEL.value, workdir)
@@ -118,6 +120,8 @@ def train(model: str, workdir: pathlib.Path) -> pathlib.Path:
   from configs import sft as sft_configs
   from rlver_jax import config as config_lib
   from rlver_jax import export, sft
+  from rlver_jax import workdir as workdir_lib
+  from rlver_jax.interrupt import Interrupts
   from rlver_jax.supervised import progress
 
   interrupts, last = Interrupts(), len(STAGES[model])
@@ -165,6 +169,7 @@ def train(model: str, workdir: pathlib.Path) -> pathlib.Path:
 def begin(model: str, workdir: pathlib.Path) -> pathlib.Path:
   """Writes the weights that the first stage starts from; returns their directory."""
   from rlver_jax import partitioning
+  from rlver_jax.embedded import start
   from rlver_jax.models import source
 
   opened = source.open_source(
@@ -184,7 +189,8 @@ def check_stage(path: pathlib.Path, stage: Stage) -> None:
       f"{path} holds another recipe than the stage has now, expected the same or another --workdir."
     )
   path.parent.mkdir(parents=True, exist_ok=True)
-  workdir_lib.write_json(path, recipe)
+  with files.replacing(path) as file:
+    json.dump(recipe, file, indent=1)
 
 
 def write_examples(stage: Stage, config) -> None:

@@ -47,10 +47,8 @@ def _repeat(split: str, seed: int, number: int) -> list[dict]:
 
 def _recognise(split: str, seed: int, number: int) -> list[dict]:
   rng = generator("recognise", seed, split, number)
-  templates, told = (
-    templates_lib.load("en", "tiny"),
-    scenario(split, number, seed, coined=_coined(split)),
-  )
+  templates = templates_lib.load("en", "tiny")
+  told = scenario(split, number, seed, coined=_coined(split))
   found = [
     _message("system", persona_text(templates, told)),
     _message("user", question_text(templates, "opening", 30)),

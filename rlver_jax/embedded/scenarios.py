@@ -24,7 +24,6 @@ from rlver_jax.dialogue import templates
 from rlver_jax.dialogue.dialogue import Dialogue, Rules
 from rlver_jax.dialogue.scenario import Scenario
 from rlver_jax.dialogue.simulators import lexicon
-from rlver_jax.dialogue.simulators.lexicon import content_of
 from rlver_jax.dialogue.simulators.scripted import ScriptedSimulator
 
 SPLITS = ("train", "held_out")
@@ -92,7 +91,7 @@ def coin(rng: random.Random, like: Sequence[str]) -> str:
     word = first[: _within(rng, first)] + last[_within(rng, last) :]
   # It is no word of a held-out detail, and counts as one word of a detail for the scripted user.
   endings = tuple(lexicon.load("en").phrases["snippet"]["endings"])
-  fits = len(word) > 4 and not word.endswith(endings) and content_of(word, "en")
+  fits = len(word) > 4 and not word.endswith(endings) and lexicon.content_of(word, "en")
   return word if fits and word not in word_lists("held_out") else coin(rng, like)
 
 

@@ -16,8 +16,9 @@ from rlver_jax.errors import UserError
 from rlver_jax.models import hub, weights
 from rlver_jax.models.qwen2 import Qwen2, Qwen2Config
 
-# The paths that name embedded models, all drawn from a seed as long as none ships weights.
-EMBEDDED = ("tiny", "tiny-policy", "tiny-simulator")
+# The paths that name embedded models, of which DRAWN has no weights but those of a seed.
+DRAWN = "tiny"
+EMBEDDED = (DRAWN, "tiny-policy", "tiny-simulator")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +42,13 @@ def open_source(
 ) -> ModelSource:
   """Opens the model that `path`, the value of the config field `field`, names.
 
-  from_scratch: the weights are drawn, whatever the directory holds. Those of an embedded model
-  that has none are always drawn.
+  from_scratch: the weights are drawn, whatever the directory holds. Those of `DRAWN` always are.
 
   Raises UserError for a path that leads nowhere and for files that are missing or broken.
   """
-  embedded = path in EMBEDDED
-  directory = embedded_directory(path) if embedded else hub.resolve(path, field)
+  directory = embedded_directory(path) if path in EMBEDDED else hub.resolve(path, field)
   config = hub.read_config(directory, dtype=dtype, param_dtype=param_dtype, remat=remat)
-  drawn = from_scratch or (embedded and not weights.holds_weights(directory))
+  drawn = from_scratch or path == DRAWN
   if not drawn:
     weights.check(directory, config)
   tokenizer = tokenizer_lib.load(directory)

@@ -98,11 +98,6 @@ def load(directory: str | pathlib.Path, config: Qwen2Config, mesh: Mesh) -> Qwen
   )
 
 
-def holds_weights(directory: str | pathlib.Path) -> bool:
-  """Whether there is a file that `load` would begin with."""
-  return any((pathlib.Path(directory) / name).exists() for name in (SINGLE, INDEX))
-
-
 def check(directory: str | pathlib.Path, config: Qwen2Config) -> dict[str, pathlib.Path]:
   """Compares the headers in `directory` with `config`; reads no tensor.
 
