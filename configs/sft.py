@@ -48,8 +48,11 @@ def _fields(path: str) -> dict:
       "kind": "chat",
       # chat: the roles whose messages are learned (system, user, assistant).
       "roles": ("assistant",),
-      # simulator: what is learned of a change of emotion, plan (the appraisal, whose last line it
-      # is) or choice (the integer alone, as without an appraisal).
+      # simulator: the answers that are learned, changes of emotion (change) and what is said, the
+      # opening included (message),
+      "answers": ("change", "message"),
+      # and what is learned of a change, plan (the appraisal, whose last line it is) or choice (the
+      # integer alone, as without an appraisal).
       "form": "plan",
       # policy, simulator: folder to use instead of the package's templates, as
       # simulator.templates in configs/recipe.py.

@@ -18,6 +18,7 @@ from rlver_jax.fields import OF_TASK, Checks
 from rlver_jax.models.lora import TARGETS
 from rlver_jax.rl.advantages import ESTIMATORS
 from rlver_jax.supervised.chats import ROLES
+from rlver_jax.supervised.recorded import ANSWERS
 
 # Fields that a run in the same workdir may change: they say how long it goes on and what it
 # keeps, not what a step computes (`steps` also sets the length of warm-up and of a cosine). Where
@@ -96,8 +97,9 @@ def _validate_sft(config: ConfigDict) -> None:
   if not d.path:
     example = "--config.data.path=chats.jsonl"
     raise UserError(f"data.path is empty, expected a file of examples, as in {example}.")
-  if not d.roles or not set(d.roles) <= set(ROLES):
-    raise UserError(f"data.roles is {tuple(d.roles)}, expected some of: {', '.join(ROLES)}.")
+  for name, known in (("roles", ROLES), ("answers", ANSWERS)):
+    if not d[name] or not set(d[name]) <= set(known):
+      raise UserError(f"data.{name} is {tuple(d[name])}, expected some of: {', '.join(known)}.")
   if t.rows % t.microbatch:
     raise UserError(
       f"training.microbatch is {t.microbatch}, expected a divisor of training.rows ({t.rows})."

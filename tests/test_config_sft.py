@@ -64,6 +64,8 @@ def test_every_field_of_its_own_has_a_comment_right_above():
     ({"data.path": ""}, "data.path is empty, expected a file of examples, as in --config.data."),
     ({"data.roles": ()}, "data.roles is (), expected some of: system, user, assistant."),
     ({"data.roles": ("helper",)}, "data.roles is ('helper',), expected some of: system, user, as"),
+    ({"data.answers": ()}, "data.answers is (), expected some of: change, message."),
+    ({"data.answers": ("plan",)}, "data.answers is ('plan',), expected some of: change, message."),
     ({"training.microbatch": 3}, "training.microbatch is 3, expected a divisor of training.rows ("),
     ({"lora.targets": ("head",)}, "lora.targets is ('head',), expected some of: q, k, "),
     ({"task": "dpo"}, "task is 'dpo', expected one of: rl, sft."),

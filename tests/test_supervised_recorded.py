@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 
 import builders
@@ -329,6 +330,22 @@ def test_the_users_view_learns_appraisals_and_messages(form):
   # The notes for a message are those of the appraisal, where one is known.
   assert ("notes: says 0 fits 0 mind 0 feels 0\n" in first) == (form == "plan")
   assert ("says 0" in first) == (form == "plan")
+
+
+@pytest.mark.parametrize("form", ("plan", "choice"))
+def test_one_kind_of_the_users_answers_can_be_learned_alone(form):
+  """What is learned comes after the same as when all of it is."""
+  parsed = recorded.parse(records.record(played(False)))
+  view = functools.partial(
+    recorded.simulator_segments, parsed, builders.tokenizer(), builders.templates(), form
+  )
+  every, changes, messages = view(), view(("change",)), view(("message",))
+  assert pairs(every)[1::2] == pairs(changes)
+  assert pairs(every)[0::2] == pairs(messages)
+  # The question for a message that is not learned is left out, its text goes on as context.
+  assert row_length(changes) < row_length(every)
+  context = [[i for s in found if s.branch == 0 for i in s.ids] for found in (every, changes)]
+  assert context[0] == context[1]
 
 
 @pytest.mark.parametrize("lost", ["content", "TargetCompletion", "activity", "analyse"])

@@ -41,7 +41,7 @@ def read(path: str, config: ConfigDict, tokenizer: Tokenizer) -> list[Example]:
     parsed = recorded.parse(record)
     if data.kind == "policy":
       return recorded.policy_segments(parsed, tokenizer, templates)
-    return recorded.simulator_segments(parsed, tokenizer, templates, data.form)
+    return recorded.simulator_segments(parsed, tokenizer, templates, data.form, data.answers)
 
   def make(record: Any) -> Example:
     example = segments(record)

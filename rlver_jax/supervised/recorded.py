@@ -6,6 +6,7 @@ has the ids that the engine of whoever is imitated reads and draws: for the poli
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from rlver_jax.dialogue import policy as policy_lib
@@ -20,6 +21,8 @@ from rlver_jax.dialogue.templates import Templates
 from rlver_jax.json_lines import Misfit, field
 from rlver_jax.supervised.chats import trained
 from rlver_jax.tokenizer import Tokenizer
+
+ANSWERS = ("change", "message")  # of the simulated user; its opening is a message too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +97,19 @@ def _thought(tokenizer: Tokenizer, reply: PolicyReply, branch: int) -> list[Segm
 
 
 def simulator_segments(
-  recorded: Recorded, tokenizer: Tokenizer, templates: dict[str, Templates], form: str
+  recorded: Recorded,
+  tokenizer: Tokenizer,
+  templates: dict[str, Templates],
+  form: str,
+  answers: Collection[str] = ANSWERS,
 ) -> list[Segment]:
-  """The simulated user's view: its opening, appraisals and messages are learned.
+  """The simulated user's view: of its `ANSWERS` those in `answers` are learned.
 
   A turn is a branch: the question about the reply, the answer, the question for a message and the
-  message; what was said goes on as context. form: `plan`, where the answer is the appraisal in
-  its five lines, or `choice`, where it is the change alone and no appraisal is known. An appraisal
-  that could not be read, or lacks one of its lines, is left out with its branch.
+  message, unless that is not learned; what was said goes on as context. form: `plan`, where the
+  answer is the appraisal in its five lines, or `choice`, where it is the change alone and no
+  appraisal is known. An appraisal that could not be read, or lacks one of its lines, is left out
+  with its branch.
 
   Raises Misfit for another level than vanilla, whose changes were felt otherwise than written,
   and where the prompts show traits that the record has not.
@@ -114,17 +122,18 @@ def simulator_segments(
   if recorded.opening is None:
     return []
   chat, (first, *rest) = UserChat(tokenizer, own), tokenizer.chat.assistant_end
+  change, message = (name in answers for name in ANSWERS)
   emotion, said = recorded.emotion, _said(chat, recorded.opening)
   start = [*persona_ids(tokenizer, own, recorded.scenario), *chat.question("opening", emotion)]
-  found = [Segment(tuple(start)), trained([*said, first]), Segment(tuple(rest))]
+  found = [Segment(tuple(start)), _answer([*said, first], 0, message), Segment(tuple(rest))]
   for branch, turn in enumerate(recorded.turns, 1):
     found.append(Segment(tuple(chat.quoted(turn.reply.text))))
     answer = _appraisal(turn.plan, own) if form == "plan" else str(turn.plan.change)
     said = [] if turn.message is None else _said(chat, turn.message)
     if answer:
       found.append(Segment(tuple(chat.question_below(form, emotion)), branch))
-      found.append(trained([*tokenizer.encode(answer), first], branch))
-    if answer and turn.message is not None:
+      found.append(_answer([*tokenizer.encode(answer), first], branch, change))
+    if answer and message and turn.message is not None:
       fields = {name: getattr(turn.plan, name) if form == "plan" else "" for name in PLAN_FIELDS}
       question = chat.message_question(turn.emotion, turn.plan.change, fields)
       found += [Segment((*rest, *question), branch), trained([*said, first], branch)]
@@ -132,6 +141,10 @@ def simulator_segments(
       found.append(Segment((*chat.nothing_below, *said, first, *rest)))
     emotion = turn.emotion
   return found
+
+
+def _answer(ids: list[int], branch: int, learned: bool) -> Segment:
+  return trained(ids, branch) if learned else Segment(tuple(ids), branch)
 
 
 def _said(chat: UserChat, message: UserMessage) -> list[int]:
