@@ -40,7 +40,7 @@ class Stage:
   """One supervised run on `count` dialogues of a plan, or on chats of an exercise of `drill.py`.
 
   plan: of the dialogues, or the exercise's name. They are packed into `rows` rows of `row_length`
-  tokens for each of `steps` updates.
+  tokens for each of `steps` updates. answers: of the simulated user those that are learned.
   """
 
   plan: Plan | str
@@ -49,6 +49,7 @@ class Stage:
   rows: int
   row_length: int
   learning_rate: float
+  answers: tuple[str, ...] = ("change", "message")
 
 
 # A helper that mostly does what is needed comes first, which teaches what depends on what; then
@@ -80,8 +81,10 @@ STAGES = {
   "simulator": (
     _REPEAT,
     Stage(_SIMULATOR, 10000, 700, 4, 1152, 3e-3),
-    Stage("recognise", 3000, 250, 4, 1152, 3e-3),
-    Stage(_WHOLE, 3000, 300, 2, 2304, 2e-3),
+    Stage("recognise", 6500, 1000, 3, 1472, 3e-3),
+    Stage(_WHOLE, 5000, 900, 2, 2304, 3e-3),
+    Stage(_WHOLE, 5000, 600, 3, 1920, 3e-3, ("change",)),
+    Stage(_WHOLE, 1500, 200, 2, 2304, 1e-3),
   ),
 }
 # Whose replies the simulated user is measured on: those of the policy as it starts, and worse.
@@ -129,12 +132,13 @@ def train(model: str, workdir: pathlib.Path) -> pathlib.Path:
   for number, stage in enumerate(STAGES[model], 1):
     config = sft_configs.get_config(f"tiny-{model}")
     config.seed = DRILL_SEED if stage.plan == "repeat" else SEEDS[model] + 100 * number
-    config.steps = stage.steps
+    config.steps, config.evaluation.every = stage.steps, 200
     check_stage(workdir / f"stage{number}.json", stage)
     config.data.path = str(workdir / f"stage{number}.jsonl")
     config.data.held_out = str(workdir / f"stage{number}-held-out.jsonl")
     config.training.update(rows=stage.rows, microbatch=stage.rows, row_length=stage.row_length)
     config.optimizer.learning_rate = stage.learning_rate
+    config.data.answers = stage.answers
     config.policy.update(path=str(exported), from_scratch=False)
     if isinstance(stage.plan, str):
       config.data.kind = "chat"

@@ -1,0 +1,65 @@
+"""The shipped models of the embedded world: what they are made of, and how well they do."""
+
+import dataclasses
+import json
+
+import pytest
+import safetensors
+from test_tokenizer import check_chat, check_text
+
+from rlver_jax import tokenizer as tokenizer_lib
+from rlver_jax.embedded import build
+from rlver_jax.models import source
+
+MOST_BYTES = 12_000_000  # of both models, whole
+
+models = pytest.mark.parametrize("model", list(build.STAGES))
+
+
+def directory(model):
+  return build.ASSETS / f"tiny-{model}"
+
+
+def manifest(model):
+  return json.loads((directory(model) / build.MANIFEST).read_text("utf-8"))
+
+
+@models
+def test_the_files_are_those_of_the_manifest_and_its_recipe_is_todays(model):
+  found = manifest(model)
+  assert found["files"] == build.digests(directory(model))
+  assert "model.safetensors" in found["files"]
+  stages = [dataclasses.asdict(stage) for stage in build.STAGES[model]]
+  assert found["stages"] == json.loads(json.dumps(stages))
+  assert found["seed"] == build.SEEDS[model]
+  assert found["command"] == f"python -m rlver_jax.embedded.build --model={model}"
+
+
+def test_both_are_small_and_in_bfloat16():
+  sizes = [path.stat().st_size for model in build.STAGES for path in directory(model).iterdir()]
+  assert 4_000_000 < sum(sizes) < MOST_BYTES
+  for model in build.STAGES:
+    with safetensors.safe_open(directory(model) / "model.safetensors", "numpy") as file:
+      names = file.keys()
+      assert {file.get_slice(name).get_dtype() for name in names} == {"BF16"}
+
+
+@models
+def test_it_is_an_ordinary_model_whose_tokenizer_takes_any_text(model):
+  opened = source.open_source(
+    f"tiny-{model}", "policy.path", dtype="float32", param_dtype="float32"
+  )
+  assert not opened.drawn and opened.config.tie_word_embeddings
+  tokenizer = tokenizer_lib.load(directory(model))
+  check_text(tokenizer, directory(model))
+  check_chat(tokenizer, directory(model))
+
+
+@pytest.mark.slow
+def test_the_simulated_user_appraises_as_well_as_its_manifest_says():
+  """On what the policy, as it is shipped, says to users whose words are in no training text."""
+  found = build.measure("tiny-simulator", build.HELPERS["policy"])
+  told = manifest("simulator")["held_out"]["policy"]
+  assert found.turns == told["turns"] and found.unread < 0.02
+  assert found.sign == pytest.approx(told["sign"], abs=0.02)
+  assert found.error == pytest.approx(told["error"], abs=0.2)
