@@ -1,6 +1,5 @@
 """The shipped models of the embedded world: what they are made of, and how well they do."""
 
-import dataclasses
 import json
 
 import pytest
@@ -29,8 +28,7 @@ def test_the_files_are_those_of_the_manifest_and_its_recipe_is_todays(model):
   found = manifest(model)
   assert found["files"] == build.digests(directory(model))
   assert "model.safetensors" in found["files"]
-  stages = [dataclasses.asdict(stage) for stage in build.STAGES[model]]
-  assert found["stages"] == json.loads(json.dumps(stages))
+  assert found["stages"] == [stage.recipe() for stage in build.STAGES[model]]
   assert found["seed"] == build.SEEDS[model]
   assert found["command"] == f"python -m rlver_jax.embedded.build --model={model}"
 

@@ -51,6 +51,10 @@ class Stage:
   learning_rate: float
   answers: tuple[str, ...] = ("change", "message")
 
+  def recipe(self) -> dict:
+    """The fields as JSON values, as they are read back from a file."""
+    return json.loads(json.dumps(dataclasses.asdict(self)))
+
 
 # A helper that mostly does what is needed comes first, which teaches what depends on what; then
 # the mixture of good and poor replies that the policy is to start with. Short dialogues cost least
@@ -132,7 +136,8 @@ def train(model: str, workdir: pathlib.Path) -> pathlib.Path:
   for number, stage in enumerate(STAGES[model], 1):
     config = sft_configs.get_config(f"tiny-{model}")
     config.seed = DRILL_SEED if stage.plan == "repeat" else SEEDS[model] + 100 * number
-    config.steps, config.evaluation.every = stage.steps, 200
+    config.steps = stage.steps
+    config.evaluation.every = 200  # a look that takes as long as about ten steps
     check_stage(workdir / f"stage{number}.json", stage)
     config.data.path = str(workdir / f"stage{number}.jsonl")
     config.data.held_out = str(workdir / f"stage{number}-held-out.jsonl")
@@ -161,7 +166,7 @@ def train(model: str, workdir: pathlib.Path) -> pathlib.Path:
   manifest = {
     "command": f"python -m rlver_jax.embedded.build --model={model}",
     "seed": SEEDS[model],
-    "stages": [dataclasses.asdict(stage) for stage in STAGES[model]],
+    "stages": [stage.recipe() for stage in STAGES[model]],
     "held_out": held_out,
     "files": digests(exported),
   }
@@ -187,7 +192,7 @@ def begin(model: str, workdir: pathlib.Path) -> pathlib.Path:
 
 def check_stage(path: pathlib.Path, stage: Stage) -> None:
   """Notes the recipe of a stage beside its run; UserError where another one's is noted there."""
-  recipe = json.loads(json.dumps(dataclasses.asdict(stage)))
+  recipe = stage.recipe()
   if path.exists() and json.loads(path.read_text("utf-8")) != recipe:
     raise UserError(
       f"{path} holds another recipe than the stage has now, expected the same or another --workdir."

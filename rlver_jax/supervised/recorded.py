@@ -122,7 +122,7 @@ def simulator_segments(
   if recorded.opening is None:
     return []
   chat, (first, *rest) = UserChat(tokenizer, own), tokenizer.chat.assistant_end
-  change, message = (name in answers for name in ANSWERS)
+  change, message = "change" in answers, "message" in answers
   emotion, said = recorded.emotion, _said(chat, recorded.opening)
   start = [*persona_ids(tokenizer, own, recorded.scenario), *chat.question("opening", emotion)]
   found = [Segment(tuple(start)), _answer([*said, first], 0, message), Segment(tuple(rest))]
