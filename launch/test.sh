@@ -4,4 +4,5 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
-exec python -m pytest "$@"
+# Two processes, each with whole test files, whose runs their tests share.
+exec python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"

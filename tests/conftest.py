@@ -1,11 +1,39 @@
-"""Fixtures that several test modules share."""
+"""Fixtures that several test modules share, and the programs that all tests compile."""
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
 import pytest
+
+# Before JAX is imported: what one test compiles, the others and their subprocesses read.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  _folder = tempfile.mkdtemp(prefix="rlver-tests-xla-")
+  atexit.register(shutil.rmtree, _folder, ignore_errors=True)
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _folder
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+import jax
 import remote_server
-import runs
+
+# They take minutes each: begun last, they would keep one process busy when the other has ended.
+# The first holds 15 GB, which leaves no room beside another test of the real checkpoint.
+LONG_FILES = ("test_train_qwen", "test_sharded", "test_train", "test_remote_run", "test_sft")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  order = {name: i for i, name in enumerate(LONG_FILES)}
+  items.sort(key=lambda item: order.get(item.path.stem, len(LONG_FILES)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+  """Programs of tiny models run for a blink and are not optimised for longer."""
+  is_real = item.get_closest_marker("qwen") is not None
+  jax.config.update("jax_disable_most_optimizations", not is_real)
 
 
 @pytest.fixture(scope="session")
@@ -15,13 +43,6 @@ def qwen_path() -> pathlib.Path:
   if not path or not pathlib.Path(path, "config.json").exists():
     pytest.skip("RLVER_QWEN_PATH does not name a Qwen2.5-0.5B checkpoint directory")
   return pathlib.Path(path)
-
-
-@pytest.fixture(scope="module")
-def compilation_cache(tmp_path_factory):
-  """What the runs of a module compile is kept for those that come after, of other modules too."""
-  with runs.compilation_cache(tmp_path_factory.getbasetemp() / "xla"):
-    yield
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -14,7 +13,6 @@ import jax
 import numpy as np
 import pytest
 from absl import flags as absl_flags
-from jax.experimental.compilation_cache import compilation_cache as compilation_cache_lib
 from ml_collections import ConfigDict
 
 from configs import grpo
@@ -190,9 +188,8 @@ def command(workdir: pathlib.Path, **changes: Any) -> list[str]:
 
 def start(command: list[str]) -> subprocess.Popen:
   """Starts a command in the repository, its output in pipes."""
-  environment = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
   pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-  return subprocess.Popen(command, cwd=REPOSITORY, env=environment, **pipes)
+  return subprocess.Popen(command, cwd=REPOSITORY, **pipes)
 
 
 def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -234,26 +231,6 @@ def save_model(directory: pathlib.Path, change=lambda model: None) -> pathlib.Pa
   change(model)
   weights.save(model, directory, source=opened.directory, dtype="float32")
   return directory
-
-
-@contextlib.contextmanager
-def compilation_cache(folder: pathlib.Path):
-  """Keeps every program compiled in this process in `folder`, for the next test that needs it."""
-  settings = {
-    "jax_compilation_cache_dir": str(folder),
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-  }
-  before = {name: getattr(jax.config, name) for name in settings}
-  for name, value in settings.items():
-    jax.config.update(name, value)
-  compilation_cache_lib.reset_cache()
-  try:
-    yield
-  finally:
-    for name, value in before.items():
-      jax.config.update(name, value)
-    compilation_cache_lib.reset_cache()
 
 
 def held_out(folder: pathlib.Path, number: int) -> pathlib.Path:

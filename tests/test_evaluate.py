@@ -22,9 +22,6 @@ KINDS = {
 STEPS = {"steps": 2, "dialogue.max_turns": 3}
 
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
   """Makes the folder of a run of each kind, once."""

@@ -22,8 +22,7 @@ SETTINGS = runs.config(**{"checkpoint.every": 1, "checkpoint.keep": 4})
 def workdir(tmp_path_factory):
   """The folder of a run of four steps with all its checkpoints."""
   folder = tmp_path_factory.mktemp("run")
-  with runs.compilation_cache(tmp_path_factory.getbasetemp() / "xla"):
-    runs.play(SETTINGS, folder)
+  runs.play(SETTINGS, folder)
   return folder
 
 

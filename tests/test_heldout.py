@@ -20,9 +20,6 @@ from rlver_jax.sources import open_sources
 CHANGES = {"checkpoint.every": 2, "evaluation.scenarios": 3}
 
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
-
 @pytest.fixture(scope="module")
 def changes(tmp_path_factory):
   path = runs.held_out(tmp_path_factory.mktemp("scenarios"), 5)

@@ -24,7 +24,7 @@ REMOTE = {
   "simulator.score": "generate",
 }
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compilation_cache")]
+pytestmark = pytest.mark.slow
 
 
 def changes(server, **more):

@@ -51,12 +51,6 @@ METRICS = """compile/from_cache compile/programs compile/seconds rows/fill rows/
   update/skipped"""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-  with runs.compilation_cache(tmp_path_factory.getbasetemp() / "xla"):
-    yield
-
-
 def chat(i: int) -> dict:
   return {
     "messages": [

@@ -88,7 +88,7 @@ def work(mesh: tuple[int, int, int], folder: pathlib.Path) -> None:
     extend_buckets=(64,), smallest_window=4096,
   )  # fmt: skip
   config.simulator.update(max_plan_tokens=6, max_message_tokens=6, cache_length=2048)
-  config.training.update(microbatch=8, smallest_row=4096)
+  config.training.update(microbatch=8, smallest_row=512)
   # See tests/test_update.py: the step must not be the sign of a rounding error.
   config.optimizer.update(eps=1e-3, b1=B1, warmup_fraction=0.0)
   config.algorithm.kl_coef = 0.1

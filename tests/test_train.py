@@ -45,9 +45,6 @@ SIMULATOR_NAMES = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
-
 def dialogues(workdir, step):
   with open(workdir / "dialogues" / f"step_{step:06d}.jsonl", encoding="utf-8") as file:
     return [json.loads(line) for line in file]
