@@ -78,13 +78,12 @@ STEPS = 6
 class Process:
   """A run in a process of its own, with the lines of its output as they come."""
 
-  def __init__(self, workdir, cache):
+  def __init__(self, workdir):
     # A line is written at once, a step takes a while: so a signal falls where it is meant to.
     changes = {
       "steps": STEPS,
       "dialogue.max_turns": 4,
       "sampling.max_new_tokens": 16,
-      "compilation_cache": cache,
       "checkpoint.every": 2,
     }
     self.process = runs.start(runs.command(workdir, **changes))
@@ -113,15 +112,10 @@ class Process:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-  return tmp_path_factory.mktemp("xla")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, cache):
+def finished(tmp_path_factory):
   """The folder of a run that nobody stopped."""
   workdir = tmp_path_factory.mktemp("finished")
-  code, lines, error = Process(workdir, cache).end()
+  code, lines, error = Process(workdir).end()
   assert (code, error) == (0, "")
   assert [line.split(" ")[1] for line in lines if line.startswith("step ")] == [
     f"{n}/{STEPS}" for n in range(1, STEPS + 1)
@@ -134,8 +128,8 @@ def newest(workdir):
   return Checkpoints(str(workdir / "checkpoints"), keep=None).latest()
 
 
-def assert_goes_on_to_the_same_end(workdir, cache, finished):
-  code, lines, error = Process(workdir, cache).end()
+def assert_goes_on_to_the_same_end(workdir, finished):
+  code, lines, error = Process(workdir).end()
   assert (code, error) == (0, "")
   pairs = zip(runs.metrics(workdir), runs.metrics(finished), strict=True)
   for ours, theirs in (map(runs.reproducible, pair) for pair in pairs):
@@ -151,10 +145,8 @@ def assert_goes_on_to_the_same_end(workdir, cache, finished):
   ("number", "code", "after"),
   [(signal.SIGTERM, 143, "step 1/"), (signal.SIGINT, 130, "Loading models")],
 )
-def test_a_stopped_run_saves_its_last_step_and_goes_on(
-  number, code, after, tmp_path, cache, finished
-):
-  process = Process(tmp_path, cache)
+def test_a_stopped_run_saves_its_last_step_and_goes_on(number, code, after, tmp_path, finished):
+  process = Process(tmp_path)
   process.wait_for(after)
   process.process.send_signal(number)
   found, lines, error = process.end()
@@ -165,27 +157,25 @@ def test_a_stopped_run_saves_its_last_step_and_goes_on(
   assert saved == (records[-1]["step"] if records else 0)
   assert saved < STEPS
   assert not (tmp_path / "summary.json").exists()
-  assert f"Going on after step {saved}." in assert_goes_on_to_the_same_end(
-    tmp_path, cache, finished
-  )
+  assert f"Going on after step {saved}." in assert_goes_on_to_the_same_end(tmp_path, finished)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path, cache, finished):
-  process = Process(tmp_path, cache)
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path, finished):
+  process = Process(tmp_path)
   process.wait_for("step 1/")
   time.sleep(random.uniform(0, 0.5))
   process.process.kill()
   assert process.end()[0] == -signal.SIGKILL
-  lines = assert_goes_on_to_the_same_end(tmp_path, cache, finished)
+  lines = assert_goes_on_to_the_same_end(tmp_path, finished)
   assert not any(line.startswith("Traceback") for line in lines)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_second_interrupt_ends_the_process_at_once_and_harms_nothing(tmp_path, cache, finished):
-  process = Process(tmp_path, cache)
+def test_a_second_interrupt_ends_the_process_at_once_and_harms_nothing(tmp_path, finished):
+  process = Process(tmp_path)
   process.wait_for("Loading models")
   process.process.send_signal(signal.SIGINT)
   # The first one is seen by the kernel at once, by Python between two of its instructions.
@@ -197,7 +187,7 @@ def test_a_second_interrupt_ends_the_process_at_once_and_harms_nothing(tmp_path,
   assert (code, error) == (-signal.SIGINT, "")
   assert time.monotonic() - sent < 5
   assert not any(line.startswith("step ") for line in lines)
-  assert_goes_on_to_the_same_end(tmp_path, cache, finished)
+  assert_goes_on_to_the_same_end(tmp_path, finished)
 
 
 def default_action(pid: int, number: int) -> bool:
