@@ -69,15 +69,15 @@ def main() -> None:
 
 def configuration(model: str | None, language: str, slots: int = 8) -> ConfigDict:
   """A run's configuration with the simulated user that was asked for, all levels in play."""
-  config = grpo.get_config("qwen2.5-0.5b" if model else "tiny")
+  config = grpo.get_config("qwen2.5-0.5b")
   config.environment.level = "curriculum"
   config.data.path = language
   config.sampling.slots = slots
+  config.policy.dtype = "float32"
   if not model:
-    config.simulator.kind = "scripted"
+    config.policy.path, config.simulator.kind = "tiny", "scripted"
     return config
   config.policy.path = config.simulator.path = str(pathlib.Path(model))
-  config.policy.dtype = "float32"
   if jax.default_backend() == "cpu":
     config.simulator.dtype = "float32"
   return config

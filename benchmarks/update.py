@@ -34,7 +34,7 @@ def main() -> None:
     mask=mask,
     logprobs=np.full(shape, -12, np.float32),
   )
-  config = grpo.get_config("tiny")
+  config = grpo.get_config("qwen2.5-0.5b")
   config.update_from_flattened_dict(
     {
       "algorithm.advantage": "remax",  # with baselines of zero: a row's advantage is its reward

@@ -6,7 +6,7 @@ from configs import recipe
 
 # Local paths or hub ids; those of the preset `tiny` are embedded in the package.
 MODELS = {
-  "tiny": "tiny",
+  "tiny": "tiny-policy",
   "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
   "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
   "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
@@ -44,19 +44,25 @@ def _small(config: ConfigDict) -> None:
 
 
 def _tiny(config: ConfigDict) -> None:
-  """Embedded models on two CPU cores: the whole loop in a couple of minutes."""
-  config.steps = 10
-  config.policy.dtype = config.simulator.dtype = "float32"
-  config.policy.remat = "none"
+  """Embedded models in the embedded world: a policy that learns within minutes on two CPU cores."""
+  config.steps = 12
+  config.policy.update(dtype="float32", remat="none")
+  config.cpu_devices = 2
+  config.mesh.update(data=-1, fsdp=1)
   config.simulator.update(
-    score="choice", max_plan_tokens=48, max_message_tokens=32, cache_length=3072
-  )
-  config.dialogue.update(mode="direct", scenarios_per_step=4, max_turns=3)
-  config.data.path = "en"
-  config.sampling.update(
-    max_new_tokens=48, max_prompt_tokens=512, max_response_tokens=512,
-    extend_buckets=(64, 256), smallest_window=1024, decode_steps=48,
+    path="tiny-simulator", dtype="float32", templates="tiny", temperature=0.3, top_p=1.0,
+    max_plan_tokens=64, max_message_tokens=64, cache_length=1024,
   )  # fmt: skip
-  config.optimizer.learning_rate = 1e-3
-  config.training.update(microbatch=16, smallest_row=512, logprob_chunk=512)
-  config.checkpoint.every = 1
+  # A simulated user of this size does not notice every reply that says the same again.
+  config.dialogue.update(mode="direct", scenarios_per_step=8, max_turns=10, repeated_penalty=2.0)
+  config.data.path = "tiny"
+  config.evaluation.update(path="tiny-held-out", scenarios=32)
+  config.sampling.update(
+    temperature=0.8, max_new_tokens=64, max_prompt_tokens=96, max_response_tokens=768,
+    extend_buckets=(32, 96), smallest_window=1024, decode_steps=64,
+  )  # fmt: skip
+  config.reward.kind = "change"
+  config.algorithm.update(kl_coef=0.01, minibatches=2)
+  config.optimizer.learning_rate = 5e-4
+  config.training.update(microbatch=8, smallest_row=640)
+  config.checkpoint.every = 10

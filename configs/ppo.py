@@ -19,6 +19,8 @@ def get_config(preset: str = "tiny") -> ConfigDict:
   if preset != "qwen2.5-7b":  # as many dialogues a step as with groups
     config.dialogue.scenarios_per_step = dialogues
   if preset == "tiny":
-    # A critic drawn from a seed has more to learn than a pretrained one.
+    # A critic of this size has more to learn than a pretrained one; rewards fade over a reply's
+    # length, so that each counts for the reply that earned it.
     config.critic.update(learning_rate=1e-3, warmup_fraction=0.0)
+    config.algorithm.gamma = 0.97
   return config

@@ -12,8 +12,8 @@ def published(path: str) -> dict:
     # Rollout-and-update steps of the run.
     "steps": 1000,
     "policy": {
-      # Local Hugging Face directory, hub id, or `tiny`, whose weights are drawn from
-      # the seed.
+      # Local Hugging Face directory, hub id, or an embedded model: `tiny-policy`,
+      # `tiny-simulator`, or `tiny`, whose weights are drawn from the seed.
       "path": path,
       # Of activations and products: bfloat16 or float32 (on CPU float32 is far faster).
       "dtype": "bfloat16",
@@ -205,8 +205,9 @@ def published(path: str) -> dict:
       "change_weight": 1.0,
     },
     "algorithm": {
-      # grpo, dr_grpo (GRPO without division by the group's deviation), rloo, reinforce_pp, remax
-      # (plays one more, greedy, dialogue a group) or gae (PPO, with a critic).
+      # grpo, grpo_process (each reply against all of its group's: needs rewards of each reply),
+      # dr_grpo (GRPO without division by the group's deviation), rloo, reinforce_pp, remax (plays
+      # one more, greedy, dialogue a group) or gae (PPO, with a critic).
       "advantage": "grpo",
       # clip (PPO's ratio of each token) or gspo (one ratio a dialogue).
       "loss": "clip",
@@ -228,7 +229,8 @@ def published(path: str) -> dict:
       "kl_target": 0.0,
       # ... over about so many dialogues, at least those of a step.
       "kl_horizon": 10_000,
-      # For gae and reinforce_pp: discount of rewards, from one token of the policy to its next.
+      # For gae and reinforce_pp: discount of rewards, from one token of the policy to its next;
+      # for grpo_process from one reply to the next.
       "gamma": 1.0,
       # For gae: 1 trusts the rewards, 0 the critic.
       "lam": 1.0,
@@ -285,6 +287,9 @@ def published(path: str) -> dict:
       "fsdp": -1,  # rows, and parameters cut along the model's width
       "tensor": 1,  # heads, feed-forward and vocabulary
     },
+    # Where JAX runs on a CPU: devices that it is split into. The products of a small model are too
+    # small for several cores; their rows are not.
+    "cpu_devices": 1,
     "checkpoint": {
       # Steps between checkpoints; the last step and an interrupted run are always saved.
       "every": 5,

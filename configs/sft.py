@@ -80,6 +80,8 @@ def _fields(path: str) -> dict:
     },
     # As in configs/recipe.py.
     "mesh": shared["mesh"],
+    # Likewise.
+    "cpu_devices": shared["cpu_devices"],
     "checkpoint": {
       # Steps between checkpoints; the last step and an interrupted run are always saved.
       "every": 100,

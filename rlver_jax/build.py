@@ -53,12 +53,14 @@ class Run:
 
 def slots(config: ConfigDict, mesh: Mesh) -> int:
   """Slots of the engines: as asked for, rounded up so that the mesh's batch axis divides them."""
-  wanted = config.sampling.slots
-  greedy = ESTIMATORS[config.algorithm.advantage] == "greedy"  # one more dialogue a group
-  d = config.dialogue
-  wanted = wanted or d.scenarios_per_step * (d.group_size + greedy)
+  wanted = config.sampling.slots or _dialogues_of_a_step(config)
   shards = partitioning.batch_shards(mesh)
   return -(-wanted // shards) * shards
+
+
+def _dialogues_of_a_step(config: ConfigDict) -> int:
+  greedy = ESTIMATORS[config.algorithm.advantage] == "greedy"  # one more dialogue a group
+  return config.dialogue.scenarios_per_step * (config.dialogue.group_size + greedy)
 
 
 def ladder(longest: int, smallest: int, *, middle: bool) -> tuple[int, ...]:
@@ -68,6 +70,17 @@ def ladder(longest: int, smallest: int, *, middle: bool) -> tuple[int, ...]:
     sizes += [size, size * 3 // 2] if middle else [size]
     size *= 2
   return tuple(sorted({*(s for s in sizes if s < longest), longest}))
+
+
+def engine_settings(
+  config: ConfigDict, mesh: Mesh, cache_length: int, longest_answer: int
+) -> EngineSettings:
+  """The sizes of an engine whose slots hold `cache_length` tokens, by the section `sampling`;
+  longest_answer: most tokens of an answer, beyond which none are drawn at a time."""
+  s = config.sampling
+  windows = ladder(cache_length, s.smallest_window, middle=True)
+  steps = min(s.decode_steps, longest_answer)
+  return EngineSettings(slots(config, mesh), windows, tuple(s.extend_buckets), steps)
 
 
 def row_lengths(config: ConfigDict) -> tuple[int, ...]:
@@ -105,12 +118,7 @@ def build_policy(config: ConfigDict, sources: Sources, model: Qwen2 | Adapted) -
   engine = Engine(
     model,
     sources.mesh,
-    EngineSettings(
-      slots(config, sources.mesh),
-      ladder(length, s.smallest_window, middle=True),
-      tuple(s.extend_buckets),
-      min(s.decode_steps, s.max_new_tokens),
-    ),
+    engine_settings(config, sources.mesh, length, s.max_new_tokens),
     Sampling(s.temperature, s.top_k, s.top_p),
     sources.policy.tokenizer.chat.stop_ids,
     config.seed,
@@ -131,17 +139,16 @@ def build_simulator(config: ConfigDict, sources: Sources, base: Qwen2 | None = N
   are its own.
   """
   if config.simulator.kind == "openai":
-    from rlver_jax.dialogue.simulators import remote  # late: others do without the client
+    from rlver_jax.dialogue.remote import simulator as remote  # late: others do without the client
 
     return remote.build(
       config.simulator, simulator_settings(config), sources.templates, config.seed
     )
   if sources.simulator is None:
     return ScriptedSimulator(sources.templates, config.seed)
-  c, s, tokenizer = config.simulator, config.sampling, sources.simulator.tokenizer
+  c, tokenizer = config.simulator, sources.simulator.tokenizer
   seed = config.seed + trainables.SIMULATOR_WEIGHTS
-  same = c.path == config.policy.path and c.dtype == config.policy.dtype
-  if base is not None and same and not sources.simulator.drawn:
+  if base is not None and _is_policys(config) and not sources.simulator.drawn:
     model = base
   else:
     model = model_source.load_model(sources.simulator, sources.mesh, seed)
@@ -149,11 +156,8 @@ def build_simulator(config: ConfigDict, sources: Sources, base: Qwen2 | None = N
   engine = Engine(
     partitioning.for_sampling(sources.mesh, model, c.dtype),
     sources.mesh,
-    EngineSettings(
-      slots(config, sources.mesh),
-      ladder(c.cache_length, s.smallest_window, middle=True),
-      tuple(s.extend_buckets),
-      min(s.decode_steps, max(c.max_plan_tokens, c.max_message_tokens)),
+    engine_settings(
+      config, sources.mesh, c.cache_length, max(c.max_plan_tokens, c.max_message_tokens)
     ),
     Sampling(c.temperature, c.top_k, c.top_p),
     tokenizer.chat.stop_ids,
@@ -161,6 +165,12 @@ def build_simulator(config: ConfigDict, sources: Sources, base: Qwen2 | None = N
     language_model.change_choices(tokenizer),
   )
   return language_model.LanguageModelSimulator(engine, tokenizer, sources.templates, settings)
+
+
+def _is_policys(config: ConfigDict) -> bool:
+  """Whether the simulated user is the model that the policy starts from."""
+  c, p = config.simulator, config.policy
+  return (c.path, c.dtype) == (p.path, p.dtype)
 
 
 def build(

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict
@@ -19,16 +20,21 @@ WORKDIR = flags.DEFINE_string(
 def run(
   main: Callable[[list[str]], int | None],
   parse_flags: Callable[[list[str]], list[str]] | None = None,
+  *,
+  operands: bool = False,
 ) -> None:
-  """Parses the flags, runs `main` with what is left of them and exits with what it returns.
+  """Parses the flags, runs `main` and exits with what it returns.
+
+  `main` gets the words that are no flags; without `operands` any such word is a mistake.
 
   A UserError from either ends the program with its message on stderr and exit code 2.
   """
 
   def checked_main(argv: list[str]) -> int | None:
-    if len(argv) > 1:
-      raise UserError(f"the command line has '{argv[1]}', expected flags only.")
-    return main(argv)
+    words = argv[1:]
+    if words and not operands:
+      raise UserError(f"the command line has '{words[0]}', expected flags only.")
+    return main(words)
 
   def checked_flags(argv: list[str]) -> list[str]:
     try:
@@ -51,9 +57,19 @@ def configure_jax(config: ConfigDict) -> None:
   if config.compilation_cache:
     folder = os.path.expanduser(config.compilation_cache)
     jax.config.update("jax_compilation_cache_dir", folder)
-  if config.policy.dtype == "float32":
+  if config.cpu_devices > 1:
+    jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+  of = next(section for section in ("policy", "simulator", "judge") if section in config)
+  if config[of].dtype == "float32":
     # Accelerators would otherwise round float32 products to fewer bits.
     jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def show(text: str, file: TextIO | None = None, end: str = "\n") -> None:
+  """Prints what may hold any character, whatever the terminal can show; to stdout by default."""
+  out = file or sys.stdout
+  encoding = out.encoding or "utf-8"
+  print(text.encode(encoding, "replace").decode(encoding), file=out, end=end, flush=True)
 
 
 def last_line(message: str) -> str:

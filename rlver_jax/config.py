@@ -1,18 +1,18 @@
-"""Checks a configuration before anything is loaded, and tells two of them apart."""
+"""Checks a configuration before anything is loaded."""
 
-import hashlib
-import json
 import math
 import re
 import urllib.parse
-from types import ModuleType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs import eval as eval_config
 from configs import grpo, sft
 from rlver_jax.dialogue import environment as environment_lib
 from rlver_jax.dialogue import levels as levels_lib
+from rlver_jax.dialogue.emotion import MAX_EMOTION
 from rlver_jax.errors import UserError
 from rlver_jax.fields import OF_TASK, Checks
 from rlver_jax.models.lora import TARGETS
@@ -20,24 +20,20 @@ from rlver_jax.rl.advantages import ESTIMATORS
 from rlver_jax.supervised.chats import ROLES
 from rlver_jax.supervised.recorded import ANSWERS
 
-# Fields that a run in the same workdir may change: they say how long it goes on and what it
-# keeps, not what a step computes (`steps` also sets the length of warm-up and of a cosine). Where
-# and how patiently a remote model is asked is free as well, which model is not.
-REMOTE = "base_url api_key_env concurrency timeout retries first_wait max_wait"
-REMOTE += " token_budget failure_budget"
-FREE = (
-  *("steps", "checkpoint", "log", "evaluation", "compilation_cache"),
-  *("data.cache_dir", "data.held_out"),
-  *(f"simulator.remote.{name}" for name in REMOTE.split()),
-)
+# By task, see `recipe_of`.
+_RECIPES: dict[str, tuple[str, Callable[[], ConfigDict]]] = {
+  "rl": ("configs/grpo.py", grpo.get_config),
+  "sft": ("configs/sft.py", sft.get_config),
+  "benchmark": ("configs/eval.py", eval_config.get_config),
+  "fidelity": ("configs/eval.py:fidelity", lambda: eval_config.get_config("fidelity")),
+  "capabilities": ("configs/eval.py:capabilities", lambda: eval_config.get_config("capabilities")),
+  "retention": ("configs/eval.py:retention", lambda: eval_config.get_config("retention")),
+}
 
 
-# The file of each task that has all its fields.
-_RECIPES = {"rl": grpo, "sft": sft}
-
-
-def _recipe(config: ConfigDict) -> ModuleType:
-  return _RECIPES.get(config.get("task"), grpo)
+def recipe_of(config: ConfigDict) -> tuple[str, Callable[[], ConfigDict]]:
+  """What --config names for all fields of this configuration's task, and how they are made."""
+  return _RECIPES.get(config.get("task"), _RECIPES["rl"])
 
 
 def get(config: ConfigDict, field: str) -> Any:
@@ -45,8 +41,9 @@ def get(config: ConfigDict, field: str) -> Any:
   value = config
   for name in field.split("."):
     if name not in value:
-      file = _recipe(config).__name__.replace(".", "/") + ".py"
-      raise UserError(f"{field} is missing, expected a configuration with all of {file}.")
+      raise UserError(
+        f"{field} is missing, expected a configuration with all of {recipe_of(config)[0]}."
+      )
     value = value[name]
   return value
 
@@ -63,7 +60,15 @@ def validate(config: ConfigDict) -> None:
   if (task := get(config, "task")) not in OF_TASK:
     raise UserError(f"task is '{task}', expected one of: {', '.join(OF_TASK)}.")
   _validate_fields(config, OF_TASK[task])
-  _validate_rl(config) if task == "rl" else _validate_sft(config)
+  of_task = {
+    "rl": _validate_rl,
+    "sft": _validate_sft,
+    "benchmark": _validate_benchmark,
+    "fidelity": _validate_fidelity,
+    "capabilities": _validate_capabilities,
+    "retention": _validate_buckets,
+  }
+  of_task[task](config)
 
 
 def _validate_fields(config: ConfigDict, checks: Checks) -> None:
@@ -108,7 +113,7 @@ def _validate_sft(config: ConfigDict) -> None:
 
 def _validate_rl(config: ConfigDict) -> None:
   """What the fields of reinforcement learning expect of one another."""
-  d, s, u = config.dialogue, config.sampling, config.training
+  d, e, s, u = config.dialogue, config.environment, config.sampling, config.training
   rows = d.scenarios_per_step * d.group_size
   if rows % u.microbatch:
     raise UserError(
@@ -125,30 +130,78 @@ def _validate_rl(config: ConfigDict) -> None:
     raise UserError(
       f"sampling.slots is {s.slots}, expected at most the {rows} dialogues of a step."
     )
-  buckets = list(s.extend_buckets)
-  whole = all(isinstance(n, int) and n > 0 for n in buckets)
-  if not buckets or not whole or buckets != sorted(set(buckets)):
+  _validate_curriculum(config)
+  _validate_dialogues(config, environment_lib.played(e.level, e.weights))
+
+
+def _validate_benchmark(config: ConfigDict) -> None:
+  """What the fields of the benchmark expect of one another."""
+  _validate_dialogues(config, (config.environment.level,))
+  d = config.dialogue
+  if d.failure_at < 0 or d.success_at > MAX_EMOTION:
     raise UserError(
-      f"sampling.extend_buckets is {tuple(buckets)}, expected positive integers that ascend."
+      f"dialogue.failure_at is {d.failure_at} and dialogue.success_at {d.success_at}, expected "
+      f"both in 0..{MAX_EMOTION}, the scale of the benchmark's emotions."
     )
+  if config.policy.kind == "openai":
+    _validate_remote(config, "policy")
+
+
+def _validate_fidelity(config: ConfigDict) -> None:
+  """What the fields of a replay expect of one another."""
+  _validate_recorded(config)
+  _validate_simulator(config)
+
+
+def _validate_capabilities(config: ConfigDict) -> None:
+  """What the fields of a judge expect of one another."""
+  _validate_recorded(config)
+  _validate_buckets(config)
+  if config.judge.kind == "openai":
+    _validate_remote(config, "judge")
+
+
+def _validate_recorded(config: ConfigDict) -> None:
+  if not config.data.recorded:
+    raise UserError("data.recorded is empty, expected files of recorded dialogues.")
+
+
+def _validate_dialogues(config: ConfigDict, levels: Sequence[str]) -> None:
+  """What the fields of what plays dialogues, at these levels, expect of one another."""
+  d = config.dialogue
   if not d.failure_at < d.initial_emotion < d.success_at:
     raise UserError(
       f"dialogue.initial_emotion is {d.initial_emotion}, expected a number between "
       f"dialogue.failure_at ({d.failure_at}) and dialogue.success_at ({d.success_at})."
     )
-  _validate_environment(config)
+  _validate_levels(config, levels)
+  _validate_simulator(config)
+
+
+def _validate_simulator(config: ConfigDict) -> None:
+  """What the fields of engines and of the simulated user expect of one another."""
+  _validate_buckets(config)
   if config.simulator.score == "generate" and not config.simulator.appraise:
     raise UserError(
       "simulator.appraise is False, expected True with simulator.score 'generate', which reads "
       "the change from the appraisal."
     )
   if config.simulator.kind == "openai":
-    _validate_remote(config)
+    _validate_remote(config, "simulator")
 
 
-def _validate_remote(config: ConfigDict) -> None:
-  """What a remote simulated user needs. Values that might hold a secret are not repeated."""
-  field = "simulator.remote"
+def _validate_buckets(config: ConfigDict) -> None:
+  buckets = list(config.sampling.extend_buckets)
+  whole = all(isinstance(n, int) and n > 0 for n in buckets)
+  if not buckets or not whole or buckets != sorted(set(buckets)):
+    raise UserError(
+      f"sampling.extend_buckets is {tuple(buckets)}, expected positive integers that ascend."
+    )
+
+
+def _validate_remote(config: ConfigDict, section: str) -> None:
+  """What a remote partner needs. Values that might hold a secret are not repeated."""
+  field = f"{section}.remote"
   address, model, variable = (
     str(get(config, f"{field}.{name}")) for name in ("base_url", "model", "api_key_env")
   )
@@ -184,6 +237,11 @@ def _validate_algorithm(config: ConfigDict) -> None:
     raise UserError(
       f"dialogue.group_size is {config.dialogue.group_size}, expected at least 2 with "
       f"algorithm.advantage '{a.advantage}', which compares the dialogues of a group."
+    )
+  if a.advantage == "grpo_process" and config.reward.kind == "final":
+    raise UserError(
+      "reward.kind is 'final', expected change or both with algorithm.advantage 'grpo_process', "
+      "which compares replies by what each earns."
     )
   if a.dynamic_sampling_rounds and needs != "group":
     raise UserError(
@@ -221,9 +279,9 @@ def _validate_adapters(config: ConfigDict) -> None:
     raise UserError(f"lora.targets is {tuple(targets)}, expected some of: {', '.join(TARGETS)}.")
 
 
-def _validate_environment(config: ConfigDict) -> None:
-  """Values that do not go together in the section `environment`."""
-  d, e = config.dialogue, config.environment
+def _validate_curriculum(config: ConfigDict) -> None:
+  """How levels are chosen in training."""
+  e = config.environment
   if e.level == "mixture" and not any(e.weights.values()):
     raise UserError("environment.weights are all 0, expected one at least that is more.")
   raise_at, lower_at = (
@@ -233,7 +291,12 @@ def _validate_environment(config: ConfigDict) -> None:
     raise UserError(
       f"environment.curriculum.lower_at is {lower_at}, expected less than raise_at ({raise_at})."
     )
-  for name in environment_lib.played(e.level, e.weights):
+
+
+def _validate_levels(config: ConfigDict, levels: Sequence[str]) -> None:
+  """The emotion with which users of these levels start."""
+  d, e = config.dialogue, config.environment
+  for name in levels:
     offset = 0 if name == levels_lib.VANILLA.name else e[name].emotion_offset
     if not d.failure_at < d.initial_emotion + offset < d.success_at:
       raise UserError(
@@ -241,54 +304,3 @@ def _validate_environment(config: ConfigDict) -> None:
         f"({d.initial_emotion}) with it between dialogue.failure_at ({d.failure_at}) and "
         f"dialogue.success_at ({d.success_at})."
       )
-
-
-def flatten(config: ConfigDict) -> dict[str, Any]:
-  """Dotted field names with their values, tuples as lists (as JSON keeps them)."""
-  flat: dict[str, Any] = {}
-
-  def visit(prefix: str, value: Any) -> None:
-    if isinstance(value, dict):
-      for name, child in value.items():
-        visit(f"{prefix}.{name}" if prefix else name, child)
-    else:
-      flat[prefix] = list(value) if isinstance(value, tuple) else value
-
-  visit("", config.to_dict())
-  return flat
-
-
-def unflatten(flat: dict[str, Any]) -> ConfigDict:
-  """The configuration that `flatten` made `flat` of, but for tuples, which stay lists.
-
-  Raises UserError when it lacks a field that every configuration has.
-  """
-  config = ConfigDict()
-  for field, value in flat.items():
-    section = config
-    *parents, name = field.split(".")
-    for parent in parents:
-      if parent not in section:
-        section[parent] = ConfigDict()
-      section = section[parent]
-    section[name] = value
-  for field in flatten(_recipe(config).get_config()):
-    get(config, field)
-  return config
-
-
-def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-  """The first field in which two flattened configurations differ and a run may not, or None."""
-  for field in sorted(old.keys() | new.keys()):
-    if any(field == free or field.startswith(f"{free}.") for free in FREE):
-      continue
-    if old.get(field) != new.get(field):
-      return field
-  return None
-
-
-def digest(config: ConfigDict) -> str:
-  """A short fingerprint of the fields that a run may not change."""
-  flat = flatten(config)
-  kept = {k: v for k, v in flat.items() if difference({k: v}, {}) is not None}
-  return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

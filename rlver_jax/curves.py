@@ -62,9 +62,14 @@ def draw(
 
   Raises OSError where it cannot be written.
   """
+  save(make_figure(records, numbers), path)
+
+
+def save(figure: Any, path: str | os.PathLike) -> None:
+  """Draws a Figure of matplotlib to a PNG file, all or nothing; OSError where that fails."""
   path = pathlib.Path(path)
   temporary = path.with_name(f".{path.name}.tmp")
-  make_figure(records, numbers).savefig(temporary, format="png")
+  figure.savefig(temporary, format="png")
   os.replace(temporary, path)
 
 

@@ -7,7 +7,6 @@ compares. Exit codes: 0 all equal, 1 not all, 2 a mistake in the command or the 
 """
 
 import pathlib
-import re
 
 from absl import flags
 
@@ -82,12 +81,12 @@ def rescore(workdir: pathlib.Path, step: int | None, out: pathlib.Path) -> tuple
 
 def _files(workdir: pathlib.Path, step: int | None) -> dict[int, pathlib.Path]:
   """The files of dialogues by step, in order."""
-  folder = workdir / "dialogues"
-  named = ((re.fullmatch(r"step_([0-9]+)\.jsonl", p.name), p) for p in sorted(folder.glob("*")))
-  files = {int(match[1]): path for match, path in named if match}
+  from rlver_jax import workdir as workdir_lib
+
+  files = workdir_lib.dialogue_files(workdir)
   if not files or (step is not None and step not in files):
     wanted = "step_*.jsonl" if step is None else f"step_{step:06d}.jsonl"
-    raise UserError(f"{folder} has no {wanted}, expected the dialogues of a run.")
+    raise UserError(f"{workdir / 'dialogues'} has no {wanted}, expected the dialogues of a run.")
   return files if step is None else {step: files[step]}
 
 

@@ -37,32 +37,14 @@ def export(
 
   Raises UserError when there is no such run or checkpoint, or when `out` is taken.
   """
-  from rlver_jax import partitioning, trainables
-  from rlver_jax import workdir as workdir_lib
-  from rlver_jax.checkpoint import Checkpoints
-  from rlver_jax.models import hub, lora, source, weights
+  from rlver_jax import run_policy
+  from rlver_jax.models import hub, weights
 
-  config = workdir_lib.read_config(workdir)
+  opened = run_policy.open_source(workdir)
   if out.exists() and not hub.is_empty_directory(out):
     raise UserError(f"--out is {out}, which holds files, expected a new or empty directory.")
-  p = config.policy
-  opened = source.open_source(
-    p.path,
-    "policy.path",
-    dtype=p.dtype,
-    param_dtype=p.param_dtype,
-    from_scratch=config.task == "sft" and p.from_scratch,
-  )
-  checkpoints = Checkpoints(str(workdir / "checkpoints"), keep=None)
-  step = checkpoints.best() if best else checkpoints.latest() if step is None else step
-  mesh = partitioning.make_mesh(1, -1, 1)
-  wanted = {"policy": {"model": trainables.abstract_policy(config, opened)}}
-  wanted = partitioning.abstract(wanted, partitioning.model_shardings(mesh, wanted))
-  restored, _ = checkpoints.restore(wanted, step, partial=True)
-  model = restored["policy"]["model"]
-  if config.lora.policy_rank:
-    base = source.load_model(opened, mesh, config.seed + trainables.POLICY_WEIGHTS)
-    model = lora.merge(lora.Adapted(base, model))
+  step = run_policy.find(workdir, step, best=best)
+  model = run_policy.load(workdir, opened, step)
   weights.save(model, out, source=opened.directory, dtype=dtype)
   return step
 

@@ -12,7 +12,7 @@ from rlver_jax.models.qwen2 import REMAT_POLICIES
 from rlver_jax.rl.advantages import ESTIMATORS
 from rlver_jax.rl.losses import AGGREGATIONS, KL_ESTIMATORS, POLICY_LOSSES
 
-# Of both tasks.
+# Of both tasks that train.
 _CHOICES = {
   "policy.dtype": ("float32", "bfloat16"),
   "policy.param_dtype": ("float32", "bfloat16"),
@@ -23,6 +23,7 @@ _CHOICES = {
 _AT_LEAST = {
   "steps": 1,
   "seed": 0,
+  "cpu_devices": 1,
   "lora.policy_rank": 0,
   "optimizer.learning_rate": 0,
   "optimizer.weight_decay": 0,
@@ -151,9 +152,93 @@ _SFT_AT_LEAST = {
   "evaluation.every": 0,
   "log.every": 1,
 }
+
+
+def _within(table: Mapping[str, Any], *sections: str) -> dict[str, Any]:
+  """The entries of fields in these sections."""
+  return {field: value for field, value in table.items() if field.startswith(sections)}
+
+
+def _some_of_rl(
+  *sections: str,
+  choices: Mapping[str, tuple[Any, ...]],
+  at_least: Mapping[str, float],
+  positive: tuple[str, ...] = (),
+  shares: tuple[str, ...] = (),
+) -> Checks:
+  """What a task shares with reinforcement learning in these sections, and fields of its own."""
+  return Checks(
+    _within(CHOICES, *sections) | dict(choices),
+    _within(AT_LEAST, *sections) | dict(at_least),
+    (),
+    (*(field for field in POSITIVE if field.startswith(sections)), *positive),
+    (),
+    (*(field for field in SHARES if field.startswith(sections)), *shares),
+    _within(BETWEEN, *sections),
+  )
+
+
+def _least_in(section: str, *simulators: str) -> dict[str, float]:
+  """The lowest values of fields that a section has like the section `simulator`."""
+  names = (f"simulator.{name}" for name in simulators)
+  return {
+    f"{section}.{field.partition('.')[2]}": x for field, x in _within(AT_LEAST, *names).items()
+  }
+
+
+def _positive_in(section: str) -> tuple[str, ...]:
+  """The fields of a section's `remote` that are more than 0."""
+  return tuple(f"{section}.remote.{name}" for name in ("timeout", "first_wait", "max_wait"))
+
+
+_BENCHMARK = _some_of_rl(
+  *("seed", "cpu_devices", "policy.dtype", "simulator.", "sampling."),
+  *("dialogue.mode", "dialogue.max_turns", "environment.easy.", "environment.challenging."),
+  choices={
+    "environment.level": levels_lib.NAMES,
+    "policy.kind": ("language_model", "openai"),
+  },
+  at_least={"sampling.slots": 1, "data.scenarios": 0, "policy.step": -1}
+  | _least_in("policy", "remote."),
+  positive=_positive_in("policy"),
+)
+_ENGINE = ("sampling.decode_steps", "sampling.smallest_window")
+_FIDELITY = _some_of_rl(
+  *("seed", "cpu_devices", "simulator.", *_ENGINE),
+  choices={"data.skip_broken": (False, True)},
+  at_least={"sampling.slots": 1, "data.dialogues": 0},
+)
+_JUDGES = ("temperature", "top_k", "cache_length", "reparse", "remote.")
+_CAPABILITIES = _some_of_rl(
+  *("seed", "cpu_devices", *_ENGINE),
+  choices={
+    "data.skip_broken": (False, True),
+    "judge.kind": ("language_model", "openai", "scripted"),
+    "judge.dtype": ("float32", "bfloat16"),
+  },
+  at_least={"sampling.slots": 1, "data.dialogues": 0, "judge.max_reason_tokens": 1}
+  | _least_in("judge", *_JUDGES),
+  positive=_positive_in("judge"),
+  shares=("judge.top_p",),
+)
+_RETENTION = _some_of_rl(
+  *("seed", "cpu_devices", "policy.dtype", "sampling.max_new_tokens", *_ENGINE),
+  choices={"harness.chat": (False, True), "harness.unsafe_code": (False, True)},
+  at_least={
+    "policy.step": -1,
+    "harness.few_shot": -1,
+    "harness.limit": 0,
+    "sampling.slots": 1,
+    "sampling.cache_length": 2,
+  },
+)
 OF_TASK = {
   "rl": Checks(CHOICES, AT_LEAST, NUMBERS, POSITIVE, FRACTIONS, SHARES, BETWEEN),
   "sft": Checks(
     _CHOICES | _SFT_CHOICES, _AT_LEAST | _SFT_AT_LEAST, (), _POSITIVE, _FRACTIONS, (), {}
   ),
+  "benchmark": _BENCHMARK,
+  "fidelity": _FIDELITY,
+  "capabilities": _CAPABILITIES,
+  "retention": _RETENTION,
 }

@@ -11,7 +11,6 @@ step is, the same before and after. What was played is in files of the run's fol
 A file that is there is not played again; `forget_after` removes those that more steps outdate.
 """
 
-import json
 import math
 import pathlib
 import time
@@ -66,16 +65,17 @@ def check(config: ConfigDict, sources: Sources, workdir: pathlib.Path) -> None:
 
 def missing(config: ConfigDict, sources: Sources, workdir: pathlib.Path, when: str) -> list[str]:
   """The users whose dialogues of `when` are still to be played, the same in all processes."""
-  files = {user: _file(config, workdir, when, user) for user in users(config)}
-  names = [user for user, file in files.items() if sources.heldout and not file.exists()]
-  return json.loads(processes.from_first(json.dumps(names).encode()))
+  files = {user: file(config, workdir, when, user) for user in users(config)}
+  return processes.ask_first(
+    lambda: [user for user, file in files.items() if sources.heldout and not file.exists()]
+  )
 
 
 def forget_after(config: ConfigDict, workdir: pathlib.Path) -> None:
   """Removes what was played after a step that is no longer the last."""
   if jax.process_index() == 0:
     for user in users(config):
-      _file(config, workdir, "after", user).unlink(missing_ok=True)
+      file(config, workdir, "after", user).unlink(missing_ok=True)
 
 
 def play(
@@ -105,7 +105,7 @@ def play(
     )
     if jax.process_index() == 0:
       with workdir_lib.writing(workdir):
-        records.write(_file(config, workdir, when, user), dialogues)
+        records.write(file(config, workdir, when, user), dialogues)
       seconds = time.perf_counter() - started
       emotion = np.mean([d.emotion for d in dialogues if not d.failed] or [math.nan])
       print(
@@ -137,7 +137,7 @@ def read_of(
   user: str, config: ConfigDict, sources: Sources, workdir: pathlib.Path
 ) -> dict[str, list[Dialogue]]:
   """As `read`, those with one kind of user."""
-  files = {when: _file(config, workdir, when, user) for when in WHENS}
+  files = {when: file(config, workdir, when, user) for when in WHENS}
   return {when: _read(file, sources, config) for when, file in files.items() if file.exists()}
 
 
@@ -159,7 +159,8 @@ def _read(path: pathlib.Path, sources: Sources, config: ConfigDict) -> list[Dial
   return dialogues
 
 
-def _file(config: ConfigDict, workdir: pathlib.Path, when: str, user: str) -> pathlib.Path:
+def file(config: ConfigDict, workdir: pathlib.Path, when: str, user: str) -> pathlib.Path:
+  """Where the dialogues of `when` with a kind of user are, or would be."""
   suffix = "" if user == config.simulator.kind else f"_{user}"
   return workdir / FOLDER / f"{when}{suffix}.jsonl"
 

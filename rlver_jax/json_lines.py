@@ -1,4 +1,5 @@
-"""Files with one JSON value a line: read with the line in every error, written all or nothing."""
+"""Files with one JSON value a line: read with the line in every error, written all or nothing, or
+line by line where each is worth keeping as soon as it is there."""
 
 import json
 import os
@@ -16,10 +17,13 @@ class Misfit(Exception):
   """A line does not fit: what was found and what was expected."""
 
 
-def read(path: str | os.PathLike, make: Callable[[Any], Value], what: str) -> list[Value]:
+def read(
+  path: str | os.PathLike, make: Callable[[Any], Value], what: str, growing: bool = False
+) -> list[Value]:
   """What `make` makes of the JSON value in each line of a file.
 
-  what: what the file holds, as in "recorded dialogues". Raises UserError, with file and line, for
+  what: what the file holds, as in "recorded dialogues". growing: lines may still be added, so an
+  end without a line break is left out. Raises UserError, with file and line, for
   a file that cannot be read and for the first line that is no JSON or for which `make` raises
   Misfit.
   """
@@ -30,7 +34,7 @@ def read(path: str | os.PathLike, make: Callable[[Any], Value], what: str) -> li
   except (OSError, UnicodeDecodeError) as error:
     reason = getattr(error, "strerror", None) or error
     raise UserError(f"{path} cannot be read ({reason}), expected {what}.") from error
-  for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, 1):
+  for number, line in enumerate(lines[:-1] if growing or lines[-1] == "" else lines, 1):
     try:
       found.append(make(json.loads(line)))
     except (Misfit, ValueError, RecursionError) as error:
@@ -39,9 +43,12 @@ def read(path: str | os.PathLike, make: Callable[[Any], Value], what: str) -> li
   return found
 
 
-def field(entry: Any, name: str, kind: type) -> Any:
-  """The value of a field of a JSON object, which is exactly of this type; Misfit otherwise."""
-  value = entry.get(name) if isinstance(entry, dict) else None
+def field(entry: Any, name: str, kind: type, default: Any = None) -> Any:
+  """The value of a field of a JSON object, which is exactly of this type; Misfit otherwise.
+
+  default: of this type, for an object without the field; None: it has to be there.
+  """
+  value = entry.get(name, default) if isinstance(entry, dict) else None
   if type(value) is not kind:
     raise Misfit(f"{value!r:.60} as {name!r}, expected {kind.__name__}")
   return value
@@ -54,3 +61,18 @@ def write(path: str | os.PathLike, values: Iterable[dict[str, Any]]) -> None:
   with files.replacing(path) as file:
     for value in values:
       file.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def append(path: str | os.PathLike, value: dict[str, Any]) -> None:
+  """Adds a line, which is on the disk when the function returns."""
+  with open(path, "ab") as file:
+    file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def mend(path: str | os.PathLike) -> None:
+  """Removes the end of a line that `append` was killed in; a file that is not there stays so."""
+  path = pathlib.Path(path)
+  if path.exists() and not (raw := path.read_bytes()).endswith(b"\n"):
+    os.truncate(path, raw.rfind(b"\n") + 1)

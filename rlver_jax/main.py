@@ -1,6 +1,7 @@
 """The command line: `python -m rlver_jax.main --config=configs/grpo.py[:preset] --workdir=DIR`.
 
-The config's `task` says what is run: rl (`train.py`) or sft (`sft.py`).
+The config's `task` says what is run: rl (`train.py`), sft (`sft.py`), or one of `evaluation/`:
+benchmark, fidelity (`replay.py`), capabilities, retention.
 Any field of the config can be overridden: `--config.policy.path=DIR`. Exit codes: 0 done, 1 the
 run diverged or spent a budget (after saving a checkpoint), 2 a mistake in the command, the
 configuration, the files or the access to a server, 128 + n stopped by signal n (after saving too).
@@ -41,7 +42,7 @@ class Program(NamedTuple):
   """What a task does: opens and checks what it reads from, runs, and tells what came of it."""
 
   open_sources: Callable[..., Any]
-  train: Callable[..., dict[str, Any]]
+  run: Callable[..., dict[str, Any]]
   describe: Callable[..., str]
 
 
@@ -72,22 +73,16 @@ def main(argv: list[str]) -> int:
     )
   interrupts = Interrupts()
   try:
-    summary = program.train(config, sources, folder, interrupts)
+    summary = program.run(config, sources, folder, interrupts)
   except Interrupted as stop:
-    print(f"{stop}; the same command goes on from the checkpoint.", flush=True)
+    print(f"{stop}; the same command goes on.", flush=True)
     return 128 + stop.signum
   except (Diverged, BudgetSpent) as error:
     print(f"rlver_jax: {error}", file=sys.stderr)
     return 1
   if jax.process_index() == 0:
-    _show(program.describe(summary, config, sources, folder))
+    cli.show(program.describe(summary, config, sources, folder))
   return 0
-
-
-def _show(text: str) -> None:
-  """Prints what may hold any character, whatever the terminal can show."""
-  encoding = sys.stdout.encoding or "utf-8"
-  print(text.encode(encoding, "replace").decode(encoding), flush=True)
 
 
 def _program(task: str) -> Program:
@@ -97,9 +92,25 @@ def _program(task: str) -> Program:
     from rlver_jax.supervised import progress
 
     return Program(sft.open_sources, sft.train_supervised, progress.describe)
-  from rlver_jax import report, sources, train
+  if task == "benchmark":
+    from rlver_jax.evaluation import benchmark
 
-  return Program(sources.open_sources, train.train, report.describe)
+    return Program(benchmark.open_sources, benchmark.run, benchmark.describe)
+  if task == "fidelity":
+    from rlver_jax.evaluation import replay
+
+    return Program(replay.open_sources, replay.run, replay.describe)
+  if task == "capabilities":
+    from rlver_jax.evaluation import capabilities
+
+    return Program(capabilities.open_sources, capabilities.run, capabilities.describe)
+  if task == "retention":
+    from rlver_jax.evaluation import retention
+
+    return Program(retention.open_sources, retention.run, retention.describe)
+  from rlver_jax import closing, sources, train
+
+  return Program(sources.open_sources, train.train, closing.describe)
 
 
 def default_workdir() -> pathlib.Path:

@@ -215,7 +215,7 @@ def progress_line(step: int, steps: int, scalars: dict[str, float], seconds_per_
     "update/clip_fraction": "clip {:.2g}",
     "tokens/per_second": "{:,.0f} tok/s",
   }
-  parts = [f"step {step}/{steps} ({_clock((steps - step) * seconds_per_step)} left)"]
+  parts = [f"step {step}/{steps} ({clock((steps - step) * seconds_per_step)} left)"]
   parts += [text.format(float(scalars[name])) for name, text in shown.items() if name in scalars]
   while len(line := "  ".join(parts)) >= 120:
     parts.pop()
@@ -265,19 +265,19 @@ def save_summary(workdir: str | os.PathLike, result: dict[str, Any]) -> dict[str
 def format_summary(result: dict[str, Any]) -> str:
   """A summary as a few lines for the terminal; what `write_summary` added comes last.
 
-  Tables in it are left out: `report.describe` shows them.
+  Tables in it are left out: `closing.describe` shows them.
   """
   r, rows = dict(result), {}
-  rows["steps"] = f"{r.pop('steps')} in {_clock(r.pop('seconds'))}, {r.pop('tokens'):,} tokens"
+  rows["steps"] = f"{r.pop('steps')} in {clock(r.pop('seconds'))}, {r.pop('tokens'):,} tokens"
   emotions = [r.pop(f"{name}_emotion") for name in ("first", "last", "best")]
   first, last, best = ("none" if e is None else f"{e:.1f}" for e in emotions)
   rows["emotion"] = f"first {first}, last {last}, best {best} at step {r.pop('best_step')}"
-  rows["time"] = ", ".join(f"{name} {_clock(s)}" for name, s in r.pop("stage_seconds").items())
+  rows["time"] = ", ".join(f"{name} {clock(s)}" for name, s in r.pop("stage_seconds").items())
   rows |= {name: value for name, value in r.items() if not isinstance(value, dict)}
   return "\n".join(f"{name:<12} {value}" for name, value in rows.items())
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
   """Seconds as h:mm:ss."""
   minutes, seconds = divmod(round(seconds), 60)
   return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -3,7 +3,7 @@
 from absl import flags
 
 OUT = flags.DEFINE_string(
-  "out", None, "The directory of an export, or the file of an evaluation (by default in WORKDIR)."
+  "out", None, "The directory of an export, or the file to write (by default one in WORKDIR)."
 )
 STEP = flags.DEFINE_integer(
   "step", None, "Which step: by default the newest checkpoint, or the dialogues of all steps."

@@ -14,9 +14,8 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlver_jax import config as config_lib
+from rlver_jax import flat_config, trainables
 from rlver_jax import metrics as metrics_lib
-from rlver_jax import trainables
 from rlver_jax.checkpoint import Checkpoints
 from rlver_jax.errors import Diverged, UserError
 from rlver_jax.interrupt import Interrupted, Interrupts
@@ -108,7 +107,7 @@ def train_supervised(
   progress = Progress(config, workdir, compiles)
   print("Loading the model and compiling ...", flush=True)
   started, examples = time.perf_counter(), sources.examples
-  metadata = {"config": config_lib.digest(config), "examples": examples_lib.digest(examples)}
+  metadata = {"config": flat_config.digest(config), "examples": examples_lib.digest(examples)}
   base = trainables.load_frozen(config, sources).base
   learner, nonfinite = make_learner(config, sources), 0
   if first:

@@ -75,8 +75,13 @@ def _width(character: str) -> int:
 
 def plain(text: str) -> str:
   """The text on one line: blanks of any kind are one space, control characters are gone."""
+  return " ".join(visible(text).split())
+
+
+def visible(text: str) -> str:
+  """The text without control characters; of blanks, line breaks and spaces are left."""
   kept = (c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co"))
-  return " ".join("".join(kept).split())
+  return "".join(" " if c.isspace() and c != "\n" else c for c in kept)
 
 
 def shortened(text: str, most: int) -> str:

@@ -4,6 +4,7 @@ Paths, headers, tokenizers, templates, scenarios and the mesh: everything that c
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -16,6 +17,7 @@ from rlver_jax.dialogue.scenario import Scenario
 from rlver_jax.dialogue.scenario_dataset import ScenarioSource
 from rlver_jax.dialogue.scenario_dataset import open_source as open_scenarios
 from rlver_jax.dialogue.simulators import language_model
+from rlver_jax.dialogue.templates import Templates
 from rlver_jax.errors import UserError
 from rlver_jax.models import source as model_source
 from rlver_jax.models.source import ModelSource
@@ -29,7 +31,7 @@ class Sources:
   mesh: Mesh
   scenarios: ScenarioSource
   heldout: tuple[Scenario, ...]  # those of evaluation.path that are played; none without it
-  templates: dict[str, templates_lib.Templates]
+  templates: dict[str, Templates]
   policy: ModelSource
   reference: ModelSource | None
   critic: ModelSource | None
@@ -41,10 +43,9 @@ def open_sources(config: ConfigDict) -> Sources:
   mesh = open_mesh(config)
   scenarios = open_scenarios(config.data.path, config.data.cache_dir)
   heldout = _open_heldout(config, scenarios)
-  languages = sorted({s.language for s in (*scenarios, *heldout)})
-  folder = config.simulator.templates
+  every = [*scenarios, *heldout]
   levels = played(config.environment.level, config.environment.weights)
-  templates = {language: templates_lib.load(language, folder, levels) for language in languages}
+  templates = open_templates(config, every, levels)
   policy = model_source.open_source(
     config.policy.path,
     "policy.path",
@@ -52,19 +53,8 @@ def open_sources(config: ConfigDict) -> Sources:
     param_dtype=config.policy.param_dtype,
     remat=config.policy.remat,
   )
-  _check_policy_room(config, policy, templates)
-  frozen = {"dtype": config.simulator.dtype, "param_dtype": config.simulator.dtype}
-  simulator = None
-  if config.simulator.kind == "language_model":
-    simulator = model_source.open_source(config.simulator.path, "simulator.path", **frozen)
-    check_positions("simulator", simulator, "simulator.cache_length", config.simulator.cache_length)
-    language_model.check_room(
-      simulator.tokenizer,
-      templates,
-      [*scenarios, *heldout],
-      simulator_settings(config),
-      config.simulator.cache_length,
-    )
+  check_policy_room(config, policy, templates)
+  simulator = open_simulator(config, every, templates)
   reference = None
   if config.algorithm.kl_coef:
     dtype = config.policy.dtype
@@ -80,11 +70,43 @@ def open_sources(config: ConfigDict) -> Sources:
         f"policy's, {policy.config.vocab_size}."
       )
   critic = _open_critic(config, policy)
+  check_server(config)
+  return Sources(mesh, scenarios, heldout, templates, policy, reference, critic, simulator)
+
+
+def open_templates(
+  config: ConfigDict, scenarios: Sequence[Scenario], levels: Sequence[str]
+) -> dict[str, Templates]:
+  """The templates of the scenarios' languages, for users of these levels."""
+  languages = sorted({scenario.language for scenario in scenarios})
+  folder = config.simulator.templates
+  return {language: templates_lib.load(language, folder, levels) for language in languages}
+
+
+def open_simulator(
+  config: ConfigDict, scenarios: Sequence[Scenario], templates: dict[str, Templates]
+) -> ModelSource | None:
+  """The model of the simulated user, None where it has none here.
+
+  Raises UserError for what is missing or broken, and for a scenario that it has no room for.
+  """
+  c = config.simulator
+  if c.kind != "language_model":
+    return None
+  opened = model_source.open_source(c.path, "simulator.path", dtype=c.dtype, param_dtype=c.dtype)
+  check_positions("simulator", opened, "simulator.cache_length", c.cache_length)
+  language_model.check_room(
+    opened.tokenizer, templates, scenarios, simulator_settings(config), c.cache_length
+  )
+  return opened
+
+
+def check_server(config: ConfigDict) -> None:
+  """Raises UserError unless the simulated user's server, where it has one, can be used."""
   if config.simulator.kind == "openai":
-    from rlver_jax.dialogue.simulators import remote  # late: others do without the client
+    from rlver_jax.dialogue.remote import simulator as remote  # late: others do without the client
 
     remote.check(config.simulator)
-  return Sources(mesh, scenarios, heldout, templates, policy, reference, critic, simulator)
 
 
 def open_mesh(config: ConfigDict) -> Mesh:
@@ -151,9 +173,10 @@ def _open_critic(config: ConfigDict, policy: ModelSource) -> ModelSource | None:
   return critic
 
 
-def _check_policy_room(
-  config: ConfigDict, source: ModelSource, templates: dict[str, templates_lib.Templates]
+def check_policy_room(
+  config: ConfigDict, source: ModelSource, templates: dict[str, Templates]
 ) -> None:
+  """Raises UserError unless the policy has room for its instructions and one reply."""
   s = config.sampling
   section = "policy_think" if config.dialogue.mode == "think" else "policy"
   for language, texts in templates.items():

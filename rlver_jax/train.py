@@ -10,8 +10,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from rlver_jax import build as build_lib
-from rlver_jax import config as config_lib
-from rlver_jax import heldout, report, trainables
+from rlver_jax import closing, flat_config, heldout, trainables
 from rlver_jax import metrics as metrics_lib
 from rlver_jax import workdir as workdir_lib
 from rlver_jax.checkpoint import Checkpoints
@@ -78,7 +77,7 @@ def train(
 
   def save(step: int, reward: float) -> None:
     if checkpoints.latest() != step:
-      metadata = {"step": step, "nonfinite": nonfinite, "config": config_lib.digest(config)}
+      metadata = {"step": step, "nonfinite": nonfinite, "config": flat_config.digest(config)}
       checkpoints.save(step, run.state, metadata | environment.state(), reward)
 
   done, reward = first, float("nan")
@@ -141,7 +140,7 @@ def train(
 def finish(config: ConfigDict, sources: Sources, workdir: pathlib.Path) -> dict[str, Any]:
   """Writes what a run leaves at its end, from one process; returns the summary."""
   with workdir_lib.writing(workdir):
-    found = report.write(config, sources, workdir) if jax.process_index() == 0 else {}
+    found = closing.write(config, sources, workdir) if jax.process_index() == 0 else {}
     return metrics_lib.write_summary(workdir, found)
 
 

@@ -1,6 +1,6 @@
 """The folder of one run: whose it is, and where things lie in it.
 
-config.json       the configuration that the run belongs to
+config.json       the configuration that the run belongs to; of runs that train:
 checkpoints/      orbax checkpoints, by step
 metrics.jsonl     one line a step; tensorboard/ has the same
 dialogues/        the dialogues of each step, JSON lines
@@ -10,20 +10,21 @@ evaluation.json   what they came to; like the next two, written when the run end
 curves.png        the metrics as curves
 summary.json      what the run came to
 rescored.jsonl    what `evaluate.py` found when it scored the dialogues anew
+report.html       the page that `report.py` makes of it
 """
 
 import contextlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from rlver_jax import config as config_lib
-from rlver_jax import files
+from rlver_jax import files, flat_config
 from rlver_jax.errors import UserError
 
 SPENT_FILE = "spent.json"
@@ -38,7 +39,7 @@ def claim(workdir: str, config: ConfigDict) -> pathlib.Path:
   """
   path = pathlib.Path(workdir).expanduser()
   file = path / "config.json"
-  flat = config_lib.flatten(config)
+  flat = flat_config.flatten(config)
   if jax.process_index() > 0:
     return path
   try:
@@ -69,7 +70,7 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
   file = pathlib.Path(workdir) / "config.json"
   try:
     flat = json.loads(file.read_text(encoding="utf-8"))
-    return config_lib.unflatten(flat)
+    return flat_config.unflatten(flat)
   except UserError as error:
     raise UserError(f"{file}: {error}") from error
   except OSError as error:
@@ -86,11 +87,18 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
 def _check(path: pathlib.Path, old: Any, new: dict[str, Any]) -> None:
   if not isinstance(old, dict):
     raise ValueError(f"found a {type(old).__name__}")
-  if field := config_lib.difference(old, new):
+  if field := flat_config.difference(old, new):
     raise UserError(
       f"workdir {path} belongs to a run with {field} = {old.get(field)!r}, found "
       f"{new.get(field)!r}, expected the same configuration or another --workdir."
     )
+
+
+def dialogue_files(workdir: pathlib.Path) -> dict[int, pathlib.Path]:
+  """The files with the dialogues of training, by step, in order."""
+  paths = sorted((workdir / "dialogues").glob("*"))
+  named = ((re.fullmatch(r"step_([0-9]+)\.jsonl", path.name), path) for path in paths)
+  return dict(sorted((int(match[1]), path) for match, path in named if match))
 
 
 def read_spent(path: pathlib.Path) -> dict[str, int]:
@@ -123,7 +131,7 @@ def writing(workdir: pathlib.Path) -> Iterator[None]:
   except OSError as error:
     raise UserError(
       f"workdir {workdir} cannot be written ({error.strerror or error}), expected a writable disk "
-      "with room; the same command goes on from the newest checkpoint."
+      "with room; the same command goes on."
     ) from error
 
 

@@ -21,7 +21,9 @@ import remote_server
 
 # They take minutes each: begun last, they would keep one process busy when the other has ended.
 # The first holds 15 GB, which leaves no room beside another test of the real checkpoint.
-LONG_FILES = ("test_train_qwen", "test_sharded", "test_train", "test_remote_run", "test_sft")
+LONG_FILES = (
+  "test_train_qwen", "test_sharded", "test_quick_start", "test_train", "test_remote_run", "test_sft"
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,9 +33,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-  """Programs of tiny models run for a blink and are not optimised for longer."""
-  is_real = item.get_closest_marker("qwen") is not None
-  jax.config.update("jax_disable_most_optimizations", not is_real)
+  """Programs of tiny models mostly run for a blink and are not optimised for longer, here and in
+  the processes that a test starts."""
+  worth_it = item.get_closest_marker("qwen") or item.get_closest_marker("optimised")
+  jax.config.update("jax_disable_most_optimizations", not worth_it)
+  os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "false" if worth_it else "true"
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ import time
 
 import builders
 
-from rlver_jax.dialogue.simulators.connection import RemoteSampling, RemoteSettings
+from rlver_jax.dialogue.remote.connection import RemoteSampling, RemoteSettings
 
 VARIABLE = "RLVER_TEST_KEY"  # see the fixture `server`
 SAMPLING = RemoteSampling(0.7, 0, 0.9)
@@ -169,8 +169,9 @@ class Server:
 def settings(url: str, **changes) -> RemoteSettings:
   """Patience for tests, with these fields changed."""
   fields = {
-    "model": MODEL, "api_key_env": VARIABLE, "concurrency": 8, "timeout": 2.0, "retries": 2,
-    "first_wait": 0.01, "max_wait": 5.0, "token_budget": 0, "failure_budget": 100,
+    "section": "simulator", "model": MODEL, "api_key_env": VARIABLE, "concurrency": 8,
+    "timeout": 2.0, "retries": 2, "first_wait": 0.01, "max_wait": 5.0,
+    "token_budget": 0, "failure_budget": 100,
   }  # fmt: skip
   return RemoteSettings(base_url=url, **fields | changes)
 

@@ -16,7 +16,7 @@ from absl import flags as absl_flags
 from ml_collections import ConfigDict
 
 from configs import grpo
-from rlver_jax import cli, interrupt, main, sft, train, trainables
+from rlver_jax import cli, flat_config, interrupt, main, sft, train, trainables
 from rlver_jax import config as config_lib
 from rlver_jax.checkpoint import Checkpoints
 from rlver_jax.dialogue import scenario
@@ -33,26 +33,43 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 # part of the update's program.)
 SMALL = {
   "steps": 4,
+  "cpu_devices": 1,
+  "mesh.data": 1,
+  "mesh.fsdp": -1,
   "policy.path": "tiny",
   "simulator.kind": "scripted",
   "simulator.path": "tiny",
   "simulator.templates": "",
+  "simulator.score": "choice",
+  "simulator.temperature": 0.7,
+  "simulator.top_p": 0.9,
+  "simulator.max_plan_tokens": 48,
+  "simulator.max_message_tokens": 32,
+  "simulator.cache_length": 3072,
   "data.path": "en",
   "evaluation.path": "",
   "dialogue.scenarios_per_step": 2,
   "dialogue.group_size": 2,
   "dialogue.max_turns": 2,
+  "dialogue.repeated_penalty": 0.0,
+  "sampling.temperature": 1.0,
   "sampling.max_new_tokens": 8,
   "sampling.max_prompt_tokens": 384,
   "sampling.max_response_tokens": 256,
   "sampling.decode_steps": 8,
   "sampling.smallest_window": 1024,
   "sampling.extend_buckets": (128,),
+  "reward.kind": "final",
+  "algorithm.advantage": "grpo",
+  "algorithm.gamma": 1.0,
+  "algorithm.kl_coef": 0.0,
+  "algorithm.minibatches": 1,
   "optimizer.learning_rate": 0.01,
   "optimizer.warmup_fraction": 0.5,
   "training.microbatch": 2,
   "training.smallest_row": 1024,
   "training.logprob_chunk": 64,
+  "checkpoint.every": 1,
   "log.tensorboard": False,
   "compilation_cache": "",
 }
@@ -128,7 +145,7 @@ def fields_read(config: ConfigDict, workdir: pathlib.Path, play: Callable[..., A
 
   with pytest.MonkeyPatch.context() as patch:
     # These two read every field, to keep it or to compare.
-    patch.setattr(config_lib, "digest", lambda _: "")
+    patch.setattr(flat_config, "digest", lambda _: "")
     patch.setitem(globals(), "claim", lambda folder, _: pathlib.Path(folder))
     patch.setattr(ConfigDict, "__getitem__", recorded)
     play(config, workdir)
@@ -260,3 +277,26 @@ def assert_merged(ours: Qwen2, base: Qwen2, adapters: dict[str, Any]) -> None:
       change = 2.0 * a.reshape(-1, 3) @ b.reshape(3, -1)
       assert np.abs(change).max() > 1e-5
       np.testing.assert_allclose(found[layer], weight + change.reshape(weight.shape), atol=1e-6)
+
+
+class Quiet:
+  """Interrupts that never come, or one after so many rounds."""
+
+  def __init__(self, rounds=None):
+    self.rounds = rounds
+
+  def check(self):
+    if self.rounds is not None:
+      self.rounds -= 1
+      if self.rounds < 0:
+        raise interrupt.Interrupted(signal.SIGINT)
+
+
+def evaluate(task, settings: ConfigDict, workdir: pathlib.Path, interrupts: Quiet | None = None):
+  """Runs a task of configs/eval.py, given by its module, as `main` does: its summary and text."""
+  config_lib.validate(settings)
+  cli.configure_jax(settings)
+  sources = task.open_sources(settings)
+  claim(str(workdir), settings)
+  summary = task.run(settings, sources, workdir, interrupts or Quiet())
+  return summary, task.describe(summary, settings, sources, workdir)

@@ -162,6 +162,44 @@ def test_reinforce_pp_whitens_the_rewards_to_come(gamma, seed):
   assert_equal(estimate("reinforce_pp", batch, gamma, lam=0.3), expected, mask)
 
 
+def process_by_hand(rewards, mask, groups, gamma):
+  """One reply after the other: its reward against those of all replies of the group."""
+  replies = []  # row, tokens, reward
+  for b in range(len(mask)):
+    for t in own_tokens(mask[b]):
+      if t == 0 or not mask[b, t - 1]:
+        replies.append([b, [], 0.0])
+      replies[-1][1].append(t)
+      replies[-1][2] += float(rewards[b, t])
+  advantages = np.zeros(mask.shape)
+  for i, (b, tokens, _) in enumerate(replies):
+    group = [reward for row, _, reward in replies if groups[row] == groups[b]]
+    mean = sum(group) / len(group)
+    deviation = math.sqrt(sum((reward - mean) ** 2 for reward in group) / len(group)) + 1e-6
+    later = [reward for row, _, reward in replies[i:] if row == b]
+    advantages[b, tokens] = sum(gamma**n * (r - mean) / deviation for n, r in enumerate(later))
+  return advantages
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.6])
+@pytest.mark.parametrize("seed", range(3))
+def test_grpo_process_compares_each_reply_with_those_of_its_group(gamma, seed):
+  batch = random_batch(seed)
+  rewards, _, _, mask, groups = batch
+  expected = process_by_hand(rewards, mask, groups, gamma), to_come_by_hand(rewards, mask, gamma)
+  assert_equal(estimate("grpo_process", batch, gamma, lam=0.3), expected, mask)
+
+
+def test_grpo_process_of_an_example_worked_out_by_hand():
+  """Two dialogues of two replies; the four rewards are 1, 5, 3 and 3."""
+  mask = np.array([[1, 1, 0, 1], [0, 1, 0, 1]], bool)
+  rewards = np.float32([[0, 1, 9, 5], [9, 3, 9, 3]])
+  groups = Groups(np.zeros(2, np.int32), 1)
+  advantages = lib.process_relative(rewards, mask, groups, gamma=0.5)
+  root = 2**0.5
+  np.testing.assert_allclose(advantages, [[-root / 2, -root / 2, 0, root], [0, 0, 0, 0]], atol=1e-5)
+
+
 def test_an_unknown_estimator_is_named():
   with pytest.raises(ValueError, match="unknown advantage estimator 'vtrace'"):
     estimate("vtrace", random_batch(0))
@@ -205,6 +243,14 @@ def test_equal_rewards_give_exact_zeros_at_every_level_and_group_size(levels, fu
   advantages, _ = lib.estimate(
     function, placed, mask, groups, baselines_B=0 * rewards, values_BT=None, gamma=1.0, lam=1.0
   )
+  np.testing.assert_array_equal(advantages, 0.0)
+
+
+def test_replies_that_earn_the_same_give_exact_zeros(levels):
+  rewards, groups = levels
+  mask = np.tile([True, False, True], (len(rewards), 1))
+  placed = np.stack([rewards, 0 * rewards, rewards], 1)
+  advantages = lib.process_relative(placed, mask, groups, gamma=0.7)
   np.testing.assert_array_equal(advantages, 0.0)
 
 

@@ -10,12 +10,12 @@ from ml_collections import ConfigDict
 
 from configs import common, grpo, ppo
 from rlver_jax import config as config_lib
-from rlver_jax import fields
+from rlver_jax import fields, flat_config
 from rlver_jax.dialogue.levels import NAMES
 from rlver_jax.errors import UserError
 
 PRESETS = tuple(common.MODELS)
-FIELDS = tuple(config_lib.flatten(grpo.get_config()))
+FIELDS = tuple(flat_config.flatten(grpo.get_config()))
 
 
 def changed(**changes) -> ConfigDict:
@@ -41,8 +41,9 @@ def message(**changes) -> str:
 def test_each_preset_is_complete_and_valid(recipe, preset):
   config = recipe.get_config(preset)
   config_lib.validate(config)
-  assert tuple(config_lib.flatten(config)) == FIELDS
-  assert config.policy.path == config.simulator.path == common.MODELS[preset]
+  assert tuple(flat_config.flatten(config)) == FIELDS
+  assert config.policy.path == common.MODELS[preset]
+  assert config.simulator.path == ("tiny-simulator" if preset == "tiny" else config.policy.path)
 
 
 def test_the_7b_preset_is_the_published_recipe():
@@ -73,7 +74,7 @@ def test_the_7b_preset_is_the_published_recipe():
     "checkpoint.every": 5,
     "policy.path": "Qwen/Qwen2.5-7B-Instruct",
   }
-  flat = config_lib.flatten(grpo.get_config("qwen2.5-7b"))
+  flat = flat_config.flatten(grpo.get_config("qwen2.5-7b"))
   assert {field: flat[field] for field in published} == published
   # What PPO changes of it: a critic, and as many scenarios with one dialogue each.
   changed = {
@@ -87,7 +88,7 @@ def test_the_7b_preset_is_the_published_recipe():
     "critic.learning_rate": 5e-6,
     "critic.warmup_fraction": 0.05,
   }
-  flat = config_lib.flatten(ppo.get_config("qwen2.5-7b"))
+  flat = flat_config.flatten(ppo.get_config("qwen2.5-7b"))
   assert {field: flat[field] for field in published | changed} == published | changed
 
 
@@ -206,9 +207,16 @@ def test_a_field_that_a_file_of_the_users_own_lacks_is_named(field):
 @pytest.mark.parametrize(
   ("changes", "named"),
   [
-    ({"training.microbatch": 3}, ("training.microbatch is 3", "divisor of the 16 dialogues")),
-    ({"dialogue.group_size": 5}, ("training.microbatch is 16", "divisor of the 20 dialogues")),
-    ({"sampling.slots": 17}, ("sampling.slots is 17", "at most the 16 dialogues")),
+    ({"training.microbatch": 3}, ("training.microbatch is 3", "divisor of the 32 dialogues")),
+    (
+      {"dialogue.group_size": 3, "training.microbatch": 16},
+      ("training.microbatch is 16", "divisor of the 24 dialogues"),
+    ),
+    (
+      {"algorithm.advantage": "grpo_process", "reward.kind": "final"},
+      ("reward.kind is 'final'", "expected change or both", "'grpo_process'"),
+    ),
+    ({"sampling.slots": 33}, ("sampling.slots is 33", "at most the 32 dialogues")),
     ({"sampling.extend_buckets": ()}, ("sampling.extend_buckets is ()", "positive integers")),
     ({"sampling.extend_buckets": (64, 64)}, ("sampling.extend_buckets is (64, 64)", "ascend")),
     ({"sampling.extend_buckets": (256, 64)}, ("sampling.extend_buckets is (256, 64)", "ascend")),
@@ -238,9 +246,9 @@ def test_a_field_that_a_file_of_the_users_own_lacks_is_named(field):
     ),
     (
       {"algorithm.minibatches": 3, "training.microbatch": 4},
-      ("algorithm.minibatches is 3", "divisor of the 4 microbatches"),
+      ("algorithm.minibatches is 3", "divisor of the 8 microbatches"),
     ),
-    ({"algorithm.minibatches": 2}, ("algorithm.minibatches is 2", "the 1 microbatches")),
+    ({"training.microbatch": 32}, ("algorithm.minibatches is 2", "the 1 microbatches")),
     *(
       (
         {"algorithm.advantage": name, "dialogue.group_size": 1, "training.microbatch": 4},
@@ -255,7 +263,10 @@ def test_a_field_that_a_file_of_the_users_own_lacks_is_named(field):
       )
       for name in ("reinforce_pp", "remax", "gae")
     ),
-    ({"algorithm.kl_target": 0.1}, ("algorithm.kl_target is 0.1", "kl_coef is 0")),
+    (
+      {"algorithm.kl_target": 0.1, "algorithm.kl_coef": 0.0},
+      ("algorithm.kl_target is 0.1", "kl_coef is 0"),
+    ),
     (
       {"algorithm.kl_target": 0.1, "algorithm.kl_coef": 0.1, "algorithm.kl_horizon": 3},
       ("algorithm.kl_horizon is 3", "at least the"),
@@ -345,7 +356,7 @@ def test_values_that_go_together_are_taken(changes):
 
 def test_flatten_gives_dotted_names_and_what_json_keeps():
   config = ConfigDict({"a": 1, "b": {"c": (64, 256), "d": {"e": "x"}}})
-  flat = config_lib.flatten(config)
+  flat = flat_config.flatten(config)
   assert flat == {"a": 1, "b.c": [64, 256], "b.d.e": "x"}
   assert json.loads(json.dumps(flat)) == flat
 
@@ -354,24 +365,24 @@ def test_flatten_gives_dotted_names_and_what_json_keeps():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_configuration_comes_back_from_what_json_kept_of_it(recipe, preset):
   config = recipe.get_config(preset)
-  flat = json.loads(json.dumps(config_lib.flatten(config)))
-  back = config_lib.unflatten(flat)
-  assert config_lib.flatten(back) == flat
-  assert config_lib.digest(back) == config_lib.digest(config)
+  flat = json.loads(json.dumps(flat_config.flatten(config)))
+  back = flat_config.unflatten(flat)
+  assert flat_config.flatten(back) == flat
+  assert flat_config.digest(back) == flat_config.digest(config)
   config_lib.validate(back)
   assert back.algorithm.advantage == config.algorithm.advantage
   assert list(back.lora.targets) == list(config.lora.targets)
-  assert {name: type(v) for name, v in config_lib.flatten(back).items()} == {
+  assert {name: type(v) for name, v in flat_config.flatten(back).items()} == {
     name: type(v) for name, v in flat.items()
   }
 
 
 @pytest.mark.parametrize("field", ["steps", "reward.kind", "lora.policy_rank", "critic.value_clip"])
 def test_a_configuration_that_lacks_a_field_does_not_come_back(field):
-  flat = config_lib.flatten(grpo.get_config())
+  flat = flat_config.flatten(grpo.get_config())
   del flat[field]
   with pytest.raises(UserError, match=f"^{field} is missing, expected"):
-    config_lib.unflatten(flat)
+    flat_config.unflatten(flat)
 
 
 def other(value):
@@ -390,23 +401,23 @@ def test_a_run_may_change_how_long_it_goes_on_and_what_it_keeps_and_nothing_else
   if field.startswith("simulator.remote."):  # where and how patiently a model is asked, not which
     may_change = field.rpartition(".")[2] != "model"
   config = grpo.get_config()
-  old = config_lib.flatten(config)
+  old = flat_config.flatten(config)
   new = old | {field: other(old[field])}
-  assert config_lib.difference(old, new) == (None if may_change else field)
-  assert config_lib.difference(old, dict(old)) is None
+  assert flat_config.difference(old, new) == (None if may_change else field)
+  assert flat_config.difference(old, dict(old)) is None
   without = {name: value for name, value in old.items() if name != field}
-  assert config_lib.difference(old, without) == (None if may_change else field)
+  assert flat_config.difference(old, without) == (None if may_change else field)
   section = field.rpartition(".")[0]
   node = config_lib.get(config, section) if section else config
-  before = config_lib.digest(config)
+  before = flat_config.digest(config)
   node[field.rpartition(".")[2]] = type(node[field.rpartition(".")[2]])(other(old[field]))
-  assert (config_lib.digest(config) == before) == may_change
+  assert (flat_config.digest(config) == before) == may_change
 
 
 def test_the_first_difference_in_the_order_of_names_is_given():
-  assert config_lib.difference({"b": 1, "a": 1, "steps": 1}, {"b": 2, "a": 2, "steps": 2}) == "a"
+  assert flat_config.difference({"b": 1, "a": 1, "steps": 1}, {"b": 2, "a": 2, "steps": 2}) == "a"
 
 
 def test_a_section_that_only_begins_like_a_free_one_is_not_free():
-  assert config_lib.difference({"steps_more": 1}, {"steps_more": 2}) == "steps_more"
-  assert config_lib.difference({"logs.x": 1}, {"logs.x": 2}) == "logs.x"
+  assert flat_config.difference({"steps_more": 1}, {"steps_more": 2}) == "steps_more"
+  assert flat_config.difference({"logs.x": 1}, {"logs.x": 2}) == "logs.x"

@@ -8,11 +8,11 @@ import runs
 
 from configs import common, grpo, sft
 from rlver_jax import config as config_lib
-from rlver_jax import fields
+from rlver_jax import fields, flat_config
 from rlver_jax.errors import UserError
 
 CHECKS = fields.OF_TASK["sft"]
-FIELDS = config_lib.flatten(sft.get_config())
+FIELDS = flat_config.flatten(sft.get_config())
 
 
 def changed(preset="tiny", **changes):
@@ -32,7 +32,7 @@ def message(**changes) -> str:
 def test_every_preset_is_valid_once_it_has_examples(preset):
   config = changed(preset)
   config_lib.validate(config)
-  assert config_lib.flatten(config).keys() == FIELDS.keys()
+  assert flat_config.flatten(config).keys() == FIELDS.keys()
   assert config.policy.from_scratch == (preset == "tiny")
   assert config.policy.path == ("tiny" if preset == "tiny" else common.MODELS[preset])
 
@@ -54,7 +54,7 @@ def test_every_field_of_its_own_has_a_comment_right_above():
       if not isinstance(value, ast.Dict):
         assert lines[key.lineno - 2].strip().startswith("#"), key.value
         seen.add(key.value)
-  own = FIELDS.keys() - config_lib.flatten(grpo.get_config()).keys()
+  own = FIELDS.keys() - flat_config.flatten(grpo.get_config()).keys()
   assert seen >= {field.split(".")[-1] for field in own}
 
 
@@ -68,7 +68,10 @@ def test_every_field_of_its_own_has_a_comment_right_above():
     ({"data.answers": ("plan",)}, "data.answers is ('plan',), expected some of: change, message."),
     ({"training.microbatch": 3}, "training.microbatch is 3, expected a divisor of training.rows ("),
     ({"lora.targets": ("head",)}, "lora.targets is ('head',), expected some of: q, k, "),
-    ({"task": "dpo"}, "task is 'dpo', expected one of: rl, sft."),
+    (
+      {"task": "dpo"},
+      "task is 'dpo', expected one of: rl, sft, benchmark, fidelity, ",
+    ),
     ({"optimizer.eps": 0.0}, "optimizer.eps is 0.0, expected more than 0."),
     ({"optimizer.b1": 1.0}, "optimizer.b1 is 1.0, expected a number in [0, 1)."),
     ({"optimizer.learning_rate": float("nan")}, "optimizer.learning_rate is nan, expected a finit"),
@@ -82,7 +85,7 @@ def test_values_that_cannot_work_are_named(changes, expected):
 def test_a_value_outside_the_choices_is_named_with_them(field):
   flat = FIELDS | {"data.path": "x", field: "other"}
   with pytest.raises(UserError) as raised:
-    config_lib.validate(config_lib.unflatten(flat))
+    config_lib.validate(flat_config.unflatten(flat))
   allowed = ", ".join(map(str, CHECKS.choices[field]))
   assert str(raised.value) == f"{field} is 'other', expected one of: {allowed}."
 
@@ -96,18 +99,18 @@ def test_a_number_below_the_least_is_named_with_it(field):
 
 def test_a_configuration_comes_back_from_what_json_kept_of_it():
   config = changed()
-  flat = json.loads(json.dumps(config_lib.flatten(config)))
-  back = config_lib.unflatten(flat)
+  flat = json.loads(json.dumps(flat_config.flatten(config)))
+  back = flat_config.unflatten(flat)
   config_lib.validate(back)
-  assert config_lib.flatten(back) == flat
-  assert config_lib.digest(back) == config_lib.digest(config)
+  assert flat_config.flatten(back) == flat
+  assert flat_config.digest(back) == flat_config.digest(config)
 
 
 @pytest.mark.parametrize("field", ["data.kind", "training.rows", "policy.from_scratch"])
 def test_one_that_lacks_a_field_does_not_come_back(field):
   flat = {name: value for name, value in FIELDS.items() if name != field}
   with pytest.raises(UserError) as raised:
-    config_lib.unflatten(flat)
+    flat_config.unflatten(flat)
   expected = "expected a configuration with all of configs/sft.py."
   assert str(raised.value) == f"{field} is missing, {expected}"
 
@@ -117,10 +120,10 @@ def test_a_run_may_change_how_long_it_goes_on_and_what_it_keeps_and_nothing_else
   sections = ("checkpoint", "evaluation", "log")
   for field in FIELDS:
     may = field in free or field.split(".")[0] in sections
-    found = config_lib.difference(FIELDS, FIELDS | {field: "another"})
+    found = flat_config.difference(FIELDS, FIELDS | {field: "another"})
     assert found == (None if may else field)
 
 
 def test_a_run_of_one_task_is_not_gone_on_with_by_the_other():
-  rl = config_lib.flatten(grpo.get_config())
-  assert config_lib.difference(FIELDS, rl) is not None
+  rl = flat_config.flatten(grpo.get_config())
+  assert flat_config.difference(FIELDS, rl) is not None

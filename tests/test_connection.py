@@ -10,8 +10,8 @@ import pytest
 import remote_server
 from remote_server import DROP, HALF, KEY, MODEL, SAMPLING, VARIABLE, Answer, settings, usual
 
-from rlver_jax.dialogue.simulators import connection as connection_lib
-from rlver_jax.dialogue.simulators.connection import (
+from rlver_jax.dialogue.remote import connection as connection_lib
+from rlver_jax.dialogue.remote.connection import (
   CallFailed,
   Connection,
   RemoteSampling,

@@ -18,7 +18,7 @@ REPLY, PLAN, MESSAGE = PolicyReply("Go on.", None, True, True, 4), Plan(3), User
 ANSWERS = (REPLY, PLAN, MESSAGE, NoRoom(), Failed())
 TAKES = {
   Stage.OPENING: (UserMessage, NoRoom, Failed),
-  Stage.POLICY: (PolicyReply, NoRoom),
+  Stage.POLICY: (PolicyReply, NoRoom, Failed),
   Stage.PLAN: (Plan, NoRoom, Failed),
   Stage.MESSAGE: (UserMessage, NoRoom, Failed),
   Stage.DONE: (),

@@ -9,7 +9,7 @@ import pytest
 
 from rlver_jax.dialogue import scenario as scenario_lib
 from rlver_jax.dialogue.dialogue import Dialogue, PolicyReply, Rules
-from rlver_jax.dialogue.simulators.appraisal import NEEDS, appraise, features
+from rlver_jax.dialogue.simulators.appraisal import NEEDS, appraise, features, repeats
 from rlver_jax.dialogue.simulators.lexicon import content_of
 from rlver_jax.dialogue.simulators.scripted import details
 from rlver_jax.embedded import build, dialogues, helper, scenarios
@@ -189,6 +189,21 @@ def test_dialogues_are_records_of_a_real_state_machine(tmp_path):
     assert len(set(thoughts)) == 1
   thinking = [dialogues.play(MIXED, n, 4).turns[0].reply.thought is not None for n in range(60)]
   assert 15 < sum(thinking) < 45
+
+
+def test_a_patient_user_stays_for_all_turns_of_a_helper_that_never_repeats_itself():
+  plan = Plan("train", Habits(1.0, 0.0, mixed=0.0), 0.0, turns=(12, 16), coined=0.5, patient=True)
+  impatient = dataclasses.replace(plan, patient=False)
+  lengths, again = set(), 0
+  for number in range(12):
+    dialogue = dialogues.play(plan, number, 2)
+    replies = [turn.reply.text for turn in dialogue.turns]
+    assert dialogue.end == "turns" and 12 <= len(replies) <= 16
+    again += sum(repeats(text, replies[:i], "en") for i, text in enumerate(replies))
+    assert len(dialogues.play(impatient, number, 2).turns) < len(replies)
+    lengths.add(len(replies))
+  assert len(lengths) > 2
+  assert again <= 1  # two of its templates are nearly the same
 
 
 def _mean_final(reply_of, count: int = 64) -> float:

@@ -50,7 +50,12 @@ def compiled(model, counter):
 
 @pytest.fixture(scope="module")
 def smaller(model):
-  return make_engine(model, SMALLER)
+  """Reads its cache in blocks of a length that does not divide the window."""
+  engine = make_engine(model, SMALLER)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(programs, "CPU_KEY_BLOCK", 28)
+    engine.compile()
+  return engine
 
 
 @pytest.fixture
@@ -101,10 +106,10 @@ def assert_holds(engine, model, slot, context):
 
 @pytest.mark.parametrize("settings", (SETTINGS, SMALLER), ids=("windows", "buckets"))
 def test_logprobs_equal_a_full_pass_for_rows_of_different_lengths(engine, smaller, model, settings):
-  """Lengths around the sizes of the buckets and windows, and a context of one token."""
+  """Lengths around the sizes of buckets, windows and blocks, and a context of one token."""
   engine = smaller if settings is SMALLER else engine
   engine.take_stats()
-  lengths = (1, 2, 8, 9, 17, 25, 26, 33, 40, 41, 57, 80)
+  lengths = (1, 2, 8, 9, 17, 25, 28, 29, 40, 41, 57, 80)
   for first in range(0, len(lengths), SLOTS):
     contexts = {slot: ids(n, n) for slot, n in enumerate(lengths[first : first + SLOTS])}
     requests = {s: Request(c, (1, first, s, 0), 16) for s, c in contexts.items()}
@@ -218,6 +223,22 @@ def test_an_answer_longer_than_a_call_is_the_same_as_in_one_call(engine, smaller
     assert pieces[slot].stopped == drawn.stopped
     np.testing.assert_allclose(pieces[slot].logprobs, drawn.logprobs, atol=1e-5)
     assert_logprobs(model, requests[slot].ids, pieces[slot])
+
+
+def test_what_is_drawn_can_be_read_before_an_answer_is_complete(smaller, model):
+  smaller.model = model
+  for slot in range(SLOTS):
+    smaller.submit(slot, Request(ids(9 + slot, 40 + slot), (4, slot, 0, 0), 15 + slot))
+  assert smaller.drawn() == {slot: [] for slot in range(SLOTS)}
+  seen, complete = [], {}
+  while len(complete) < SLOTS:
+    complete |= smaller.step()
+    seen.append(smaller.drawn())
+    assert seen[-1].keys() == set(range(SLOTS)) - complete.keys()
+  for number, drawn in enumerate(seen, 1):
+    for slot, so_far in drawn.items():
+      assert so_far == complete[slot].ids[: 3 * number] and len(so_far) == 3 * number
+  assert len(seen) > 3 and smaller.drawn() == {}
 
 
 def test_a_sample_depends_on_its_numbers_and_not_on_its_company(engine, smaller):
@@ -389,7 +410,7 @@ def test_a_cleared_engine_has_empty_slots_and_no_requests(engine, model):
 @pytest.mark.parametrize(("seed", "same"), ((SEED + 2**32, True), (SEED + 1, False)))
 def test_a_seed_of_any_size_counts_modulo_32_bits(engine, model, seed, same):
   other = make_engine(model, seed=seed)
-  other._compiled = engine._compiled  # no program depends on the seed
+  other.programs.compiled = engine.programs.compiled  # no program depends on the seed
   drawn = [sample(e, 0, ids(12), new=8).ids for e in (other, engine)]
   assert (drawn[0] == drawn[1]) == same
 
@@ -444,3 +465,46 @@ def test_the_integers_share_what_they_begin_with():
 def test_choices_that_begin_one_another_are_refused(lists):
   with pytest.raises(ValueError, match="none may be empty or begin another"):
     programs.choices(lists)
+
+
+@pytest.mark.parametrize("settings", (SETTINGS, SMALLER), ids=("windows", "buckets"))
+def test_the_likelihood_of_a_texts_end_is_that_of_a_full_pass(engine, smaller, model, settings):
+  """Ends of one id, of all but the first, and around the sizes of buckets and of blocks."""
+  engine = smaller if settings is SMALLER else engine
+  texts = {0: (ids(2, 1), 1), 1: (ids(33, 2), 32), 2: (ids(70, 3), 17), 3: (ids(97, 4), 5)}
+  for slot, found in engine.logprobs(texts).items():
+    text, last = texts[slot]
+    context, end = text[:-last], text[-last:]
+    (wanted,) = builders.sequence_logprobs(model, context, end)
+    np.testing.assert_allclose(found.logprobs, wanted, atol=1e-4)
+    np.testing.assert_array_equal(found.best, wanted == builders.best_logprobs(model, context, end))
+    assert found.logprobs.dtype == np.float32 and found.best.dtype == bool
+
+
+def test_ends_after_one_context_read_it_once(engine, model):
+  context = ids(30, 8)
+  engine.logprobs({1: ((*context, 3, 4), 2)})
+  engine.take_stats()
+  found = engine.logprobs({1: ((*context, 9, 10, 5), 3)})[1]
+  (wanted,) = builders.sequence_logprobs(model, context, (9, 10, 5))
+  np.testing.assert_allclose(found.logprobs, wanted, atol=1e-4)
+  stats = engine.take_stats()
+  assert (stats.extended, stats.scored) == (0, 3)
+  assert_holds(engine, model, 1, (*context, 9, 10, 5))
+
+
+def test_what_cannot_be_asked_of_a_text_is_told(engine):
+  for text, last in ((ids(4), 0), (ids(4), 4), (ids(98), 1)):
+    with pytest.raises(ValueError, match="slot 2 is asked"):
+      engine.logprobs({2: (text, last)})
+  engine.logprobs({2: (ids(97), 1)})
+
+
+def test_an_unfinished_request_can_be_looked_at_and_dropped(smaller, model):
+  engine, context = smaller, ids(12, 3)
+  whole = sample(engine, 0, context)
+  engine.submit(0, Request(context, (0, 0, 0, 0), 12))
+  assert engine.step() == {} and engine.drawn() == {0: whole.ids[:3]}
+  engine.drop(0)
+  assert engine.step() == {}
+  assert sample(engine, 0, context).ids == whole.ids

@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from rlver_jax import build
 from rlver_jax import tokenizer as tokenizer_lib
 from rlver_jax.dialogue.dialogue import Dialogue, PolicyReply, Rules, Stage
-from rlver_jax.dialogue.simulators import language_model, remote
+from rlver_jax.dialogue.remote.connection import Completion
+from rlver_jax.dialogue.remote.player import plain_text
+from rlver_jax.dialogue.remote.simulator import RemoteSimulator
+from rlver_jax.dialogue.simulators import language_model
 from rlver_jax.dialogue.simulators.appraisal import appraise
-from rlver_jax.dialogue.simulators.connection import Completion
 from rlver_jax.dialogue.simulators.language_model import LanguageModelSimulator, SimulatorSettings
 from rlver_jax.sampling.requests import Sample
 from rlver_jax.sources import open_sources
@@ -258,7 +260,7 @@ class Server:
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_a_reply_changes_no_message_outside_its_quotation(language, monkeypatch):
   server = Server(language)
-  simulator = remote.RemoteSimulator(server, builders.templates(), GENERATE, 0)
+  simulator = RemoteSimulator(server, builders.templates(), GENERATE, 0)
   monkeypatch.setattr(simulator, "_over", lambda: "")
   play(simulator, language, ["", "Hm."])
   plain, empty = list(server.asked), "".join(builders.templates()[language].quote(""))
@@ -277,7 +279,7 @@ def test_a_reply_changes_no_message_outside_its_quotation(language, monkeypatch)
       content, rest = messages[at][1], before[at][1].removeprefix(empty)
       assert content.startswith(start) and content.endswith(end + rest)
       region = content[len(start) : len(content) - len(end + rest)]
-      assert region == builders.templates()[language].quote(remote.plain_text(text))[1]
+      assert region == builders.templates()[language].quote(plain_text(text))[1]
       assert not any(mark in region for mark in ("<<<", ">>>", "<|", "</", "<think", "[INST]"))
 
 

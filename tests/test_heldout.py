@@ -10,7 +10,7 @@ import statistics
 import pytest
 import runs
 
-from rlver_jax import build, heldout, report
+from rlver_jax import build, closing, heldout
 from rlver_jax.checkpoint import Checkpoints
 from rlver_jax.errors import UserError
 from rlver_jax.interrupt import Interrupted, Interrupts
@@ -193,7 +193,7 @@ def test_trained_weights_never_stand_for_those_before(copied, changes, capsys):
   assert list(files(copied)) == ["after.jsonl"]
   found = json.loads((copied / "evaluation.json").read_text())["users"]["scripted"]
   assert list(found) == ["after"]
-  text = report.describe(summary, settings, open_sources(settings), copied)
+  text = closing.describe(summary, settings, open_sources(settings), copied)
   emotion = found["after"]["final_emotion"]
   assert re.search(rf"scripted user +- -> {emotion:.1f} ", text)
   assert "USER:" not in text and "change of emotion" not in text

@@ -151,7 +151,7 @@ def test_a_stopped_run_saves_its_last_step_and_goes_on(number, code, after, tmp_
   process.process.send_signal(number)
   found, lines, error = process.end()
   assert (found, error) == (code, "")
-  assert lines[-1] == f"stopped by {number.name}; the same command goes on from the checkpoint."
+  assert lines[-1] == f"stopped by {number.name}; the same command goes on."
   records = runs.metrics(tmp_path)
   saved = newest(tmp_path)
   assert saved == (records[-1]["step"] if records else 0)

@@ -1,5 +1,7 @@
 """Files of JSON lines: what is read, and the sentence for what cannot be."""
 
+import functools
+
 import pytest
 
 from rlver_jax import json_lines
@@ -68,3 +70,18 @@ def test_a_value_that_cannot_be_written_leaves_the_file_as_it_was(tmp_path):
   with pytest.raises(TypeError):
     json_lines.write(path, [{"name": "b"}, {"name": object()}])
   assert json_lines.read(path, name, "a thing") == ["a"]
+
+
+def test_the_end_of_a_file_that_grows_may_be_cut(tmp_path):
+  path = tmp_path / "f.jsonl"
+
+  def read():
+    make = functools.partial(json_lines.field, name="a", kind=int)
+    return json_lines.read(path, make, "numbers", growing=True)
+
+  for text, found in (('{"a": 1}\n{"a"', [1]), ('{"a": 1}\n', [1]), ('{"a', []), ("", [])):
+    path.write_text(text)
+    assert read() == found
+  path.write_text('{"a"\n{"a": 1}\n')
+  with pytest.raises(UserError, match="line 1: found no JSON"):
+    read()

@@ -11,7 +11,7 @@ import runs
 from absl import flags
 
 from configs import grpo
-from rlver_jax import errors, main, train, workdir
+from rlver_jax import cli, errors, main, train, workdir
 from rlver_jax.dialogue import records
 from rlver_jax.dialogue.dialogue import Dialogue, Plan, PolicyReply, Rules, UserMessage
 from rlver_jax.interrupt import Interrupted
@@ -136,8 +136,8 @@ def test_what_is_fine_is_loaded(run_main, tmp_path):
 @pytest.mark.parametrize(
   ("outcome", "code", "out", "err"),
   [
-    (Interrupted(15), 143, "stopped by SIGTERM; the same command goes on from the checkpoint.", ""),
-    (Interrupted(2), 130, "stopped by SIGINT; the same command goes on from the checkpoint.", ""),
+    (Interrupted(15), 143, "stopped by SIGTERM; the same command goes on.", ""),
+    (Interrupted(2), 130, "stopped by SIGINT; the same command goes on.", ""),
     (errors.Diverged("It diverged."), 1, "", "rlver_jax: It diverged.\n"),
   ],
 )
@@ -179,7 +179,7 @@ def test_a_run_ends_with_its_summary_and_its_report(run_main, tmp_path, monkeypa
 def test_what_a_terminal_cannot_show_does_not_end_the_run(monkeypatch):
   terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
   monkeypatch.setattr(sys, "stdout", terminal)
-  main._show("é 你 \ud800")
+  cli.show("é 你 \ud800")
   assert terminal.buffer.getvalue() == "é ? ?\n".encode("latin-1")
 
 
@@ -231,6 +231,11 @@ def test_a_real_process_prints_one_line_and_exits_with_2(arguments):
   assert done.stderr.startswith("rlver_jax: ") and done.stderr.count("\n") == 1, done.stderr
 
 
+def test_a_cpu_is_split_into_as_many_devices_as_asked_for():
+  done = in_process_of_its_own(GRPO, *runs.flags(**{"cpu_devices": 2, "mesh.tensor": 3}))
+  assert "whose product must be the 2 available device(s)" in done.stderr
+
+
 def test_help_names_the_flags():
   done = in_process_of_its_own("--help")
   assert "--workdir" in done.stdout and "--config" in done.stdout
@@ -238,4 +243,4 @@ def test_help_names_the_flags():
 
 
 def test_the_package_has_the_default_config_of_the_first_command():
-  assert grpo.get_config().policy.path == "tiny"
+  assert grpo.get_config().policy.path == "tiny-policy"

@@ -21,7 +21,7 @@ ONE_OF_TWO = """
   import remote_server
   from configs import grpo
   from rlver_jax.dialogue.dialogue import Dialogue, Rules
-  from rlver_jax.dialogue.simulators import remote
+  from rlver_jax.dialogue.remote import simulator as remote
   from rlver_jax.errors import BudgetSpent, UserError
   from rlver_jax.processes import CHUNK, from_first
 

@@ -45,7 +45,7 @@ def dialogues(workdir, step):
 
 def test_a_run_drops_the_dialogues_whose_user_fails(server, tmp_path):
   """In its first step dialogue 1 fails, in the second all do, in the third none."""
-  from rlver_jax.dialogue.simulators.remote import seed_of
+  from rlver_jax.dialogue.remote.player import seed_of
 
   doomed = {seed_of(0, 0, 1, turn, 2, 0) for turn in range(2)}
   doomed |= {seed_of(0, 1, i, 0, 2, 0) for i in range(4)}

@@ -119,7 +119,7 @@ def test_another_step_or_seed_is_another_batch(with_scripted):
     builders.tokenizer().chat.stop_ids,
     seed=1,
   )
-  seeded._compiled = policy.engine._compiled  # no program depends on the seed
+  seeded.programs.compiled = policy.engine.programs.compiled  # no program depends on the seed
   policy.engine = seeded
   others.append(play(policy, scripted(), ALL[0]))
   replies = [

@@ -15,7 +15,7 @@ import runs
 
 from configs import sft as sft_configs
 from rlver_jax import config as config_lib
-from rlver_jax import export, sft, trainables
+from rlver_jax import export, flat_config, sft, trainables
 from rlver_jax import metrics as metrics_lib
 from rlver_jax.checkpoint import Checkpoints
 from rlver_jax.dialogue import records
@@ -357,7 +357,7 @@ def test_every_field_of_the_configuration_is_read(adapted, chats, tmp_path):
   settings = config(chats)
   read = runs.fields_read(settings, tmp_path / "run", runs.play_supervised) | adapted[2]
   # In `main`.
-  assert set(config_lib.flatten(settings)) - read == {"task", "compilation_cache"}
+  assert set(flat_config.flatten(settings)) - read == {"task", "cpu_devices", "compilation_cache"}
 
 
 def test_the_loss_of_a_line_is_a_mean_over_the_tokens_of_its_steps(chats, tmp_path):
@@ -439,7 +439,11 @@ LINES = "data.jsonl, line 2: found "
       {"training.row_length": 12},
       "tokens, expected at most training.row_length, which is 12",
     ),
-    (GOOD, {"task": "dpo"}, "task is 'dpo', expected one of: rl, sft."),
+    (
+      GOOD,
+      {"task": "dpo"},
+      "task is 'dpo', expected one of: rl, sft, benchmark, fidelity, ",
+    ),
     (GOOD, {"policy.path": "configs"}, "configs/config.json is missing, expected a model direct"),
     (RECORD, {"data.kind": "policy", "data.templates": "/none"}, "/none/en.txt cannot be read"),
   ],

@@ -40,7 +40,7 @@ def largest_moves(engine) -> dict[str, int]:
   """Elements of the largest array that moves between devices in a decoding step: within the
   loop over layers, and outside of it."""
   largest = {"layers": 0, "outside": 0}
-  for (name, *_), program in engine._compiled.items():
+  for (name, *_), program in engine.programs.compiled.items():
     if name != "decode":
       continue
     for line in program.as_text().splitlines():
@@ -70,8 +70,8 @@ def learn_ppo(config, experience, changes: dict):
 def work(mesh: tuple[int, int, int], folder: pathlib.Path) -> None:
   """Plays, updates and plays again on a mesh; writes arrays.npz and sizes.json."""
   import jax
+  import runs
 
-  from configs import grpo
   from rlver_jax import build as build_lib
   from rlver_jax import config as config_lib
   from rlver_jax.dialogue.rollout import rollout
@@ -80,7 +80,7 @@ def work(mesh: tuple[int, int, int], folder: pathlib.Path) -> None:
   from rlver_jax.rl.rows import make_rows, place_rewards, row_length
   from rlver_jax.sources import open_sources
 
-  config = grpo.get_config("tiny")
+  config = runs.config(**runs.LANGUAGE_MODEL)
   config.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
   config.dialogue.update(mode="think", scenarios_per_step=2, group_size=4, max_turns=2)
   config.sampling.update(
@@ -88,9 +88,9 @@ def work(mesh: tuple[int, int, int], folder: pathlib.Path) -> None:
     extend_buckets=(64,), smallest_window=4096,
   )  # fmt: skip
   config.simulator.update(max_plan_tokens=6, max_message_tokens=6, cache_length=2048)
-  config.training.update(microbatch=8, smallest_row=512)
+  config.training.update(microbatch=8, smallest_row=512, logprob_chunk=512)
   # See tests/test_update.py: the step must not be the sign of a rounding error.
-  config.optimizer.update(eps=1e-3, b1=B1, warmup_fraction=0.0)
+  config.optimizer.update(learning_rate=1e-3, eps=1e-3, b1=B1, warmup_fraction=0.0)
   config.algorithm.kl_coef = 0.1
   config.compilation_cache = ""
   config_lib.validate(config)

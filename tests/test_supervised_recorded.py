@@ -409,7 +409,7 @@ def changed(path: str, value) -> dict:
     ("history.2.planning.parsed", 1, "1 as 'parsed', expected bool"),
     ("history.2.content", "", "a turn after the user has left, expected a message before it"),
     ("history.1.content", None, "None as 'content', expected str"),
-    ("history.1.tokens", ..., "None as 'tokens', expected int"),
+    ("history.1.tokens", "ten", "'ten' as 'tokens', expected int"),
     ("history.1.well_formed", ..., "None as 'well_formed', expected bool"),
     ("history.1.thinking", ..., "replies with and without 'thinking', expected it in all or none"),
     ("history.0.ids", 3, "3 as 'ids', expected list"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import runs
 
-from rlver_jax import config, errors, trainables
+from rlver_jax import errors, flat_config, trainables
 from rlver_jax.build import build_environment
 from rlver_jax.checkpoint import Checkpoints
 from rlver_jax.dialogue.simulators.appraisal import repeats
@@ -128,7 +128,7 @@ def test_checkpoints_are_kept_as_asked_and_hold_what_was_trained(run, settings):
   assert kept == {4, best}
   state, metadata = runs.restored(workdir, settings)
   assert int(state.policy.updates) == 4
-  assert metadata == {"step": 4, "nonfinite": 0, "config": config.digest(settings)}
+  assert metadata == {"step": 4, "nonfinite": 0, "config": flat_config.digest(settings)}
   sources = open_sources(settings)
   first = source.load_model(sources.policy, sources.mesh, settings.seed + trainables.POLICY_WEIGHTS)
   changes = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.policy.model, first)
@@ -247,7 +247,7 @@ def test_a_file_that_cannot_be_written_is_named_and_the_run_goes_on_later(run, s
 @pytest.mark.slow
 def test_more_steps_go_on_from_the_last(run, settings, tmp_path):
   runs.play(settings, tmp_path)
-  runs.play(runs.config(**config.flatten(settings) | {"steps": 5}), tmp_path)
+  runs.play(runs.config(**flat_config.flatten(settings) | {"steps": 5}), tmp_path)
   ours, theirs = ([runs.reproducible(r) for r in runs.metrics(w)] for w in (tmp_path, run[0]))
   assert [record["step"] for record in ours] == [1, 2, 3, 4, 5]
   assert ours[:4] == theirs
@@ -256,7 +256,7 @@ def test_more_steps_go_on_from_the_last(run, settings, tmp_path):
 @pytest.mark.slow
 def test_few_slots_give_the_same_dialogues(run, settings, tmp_path):
   fewer = {"sampling.slots": 3, "sampling.decode_steps": 5}
-  runs.play(runs.config(**config.flatten(settings) | fewer), tmp_path)
+  runs.play(runs.config(**flat_config.flatten(settings) | fewer), tmp_path)
   assert runs.dialogue_files(tmp_path) == runs.dialogue_files(run[0])
 
 
@@ -393,10 +393,11 @@ def test_no_program_is_compiled_after_the_second_step_with_two_models(model_run)
 
 def test_every_field_of_the_configuration_is_read_by_a_run(model_run, ppo_run):
   _, settings, read = model_run
-  fields = set(config.flatten(settings))
+  fields = set(flat_config.flatten(settings))
   # In `main`, and by a run with a remote user, which takes the section as a whole.
   elsewhere = {
     "task",
+    "cpu_devices",
     "compilation_cache",
     *(f for f in fields if f.startswith("simulator.remote.")),
   }

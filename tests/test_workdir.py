@@ -7,8 +7,7 @@ import jax
 import pytest
 import runs
 
-from rlver_jax import config as config_lib
-from rlver_jax import workdir
+from rlver_jax import flat_config, workdir
 from rlver_jax.errors import UserError
 
 
@@ -25,7 +24,7 @@ def test_a_new_folder_gets_the_configuration_and_nothing_else(tmp_path):
   folder = workdir.claim(str(tmp_path / "a" / "b"), config)
   assert folder == tmp_path / "a" / "b"
   assert [file.name for file in folder.iterdir()] == ["config.json"]
-  assert json.loads((folder / "config.json").read_text()) == config_lib.flatten(config)
+  assert json.loads((folder / "config.json").read_text()) == flat_config.flatten(config)
 
 
 def test_a_home_folder_may_be_written_with_a_tilde(tmp_path, monkeypatch):
@@ -40,7 +39,7 @@ def test_the_same_configuration_comes_back_and_free_fields_are_brought_up_to_dat
   later = runs.config(**{"steps": 9, "checkpoint.every": 3})
   workdir.claim(path, later)
   kept = json.loads((tmp_path / "run" / "config.json").read_text())
-  assert kept == config_lib.flatten(later)
+  assert kept == flat_config.flatten(later)
 
 
 def test_another_configuration_is_refused_by_field_and_changes_nothing(tmp_path):
@@ -101,7 +100,7 @@ def test_the_configuration_of_a_run_is_read_back(tmp_path):
   config = runs.config(**{"lora.policy_rank": 3, "algorithm.advantage": "rloo"})
   workdir.claim(str(tmp_path / "run"), config)
   back = workdir.read_config(tmp_path / "run")
-  assert config_lib.flatten(back) == config_lib.flatten(config)
+  assert flat_config.flatten(back) == flat_config.flatten(config)
   assert (back.lora.policy_rank, back.algorithm.advantage) == (3, "rloo")
   assert back.sampling.extend_buckets == [128]
 
@@ -135,7 +134,7 @@ def test_what_is_no_configuration_of_a_run_is_named(tmp_path, content):
 @pytest.mark.parametrize("field", ["steps", "critic.value_clip", "algorithm.loss"])
 def test_a_configuration_of_a_run_that_lacks_a_field_is_named_by_file_and_field(tmp_path, field):
   """As one is that an earlier version wrote."""
-  flat = config_lib.flatten(runs.config())
+  flat = flat_config.flatten(runs.config())
   del flat[field]
   (tmp_path / "config.json").write_text(json.dumps(flat))
   assert unreadable(tmp_path).startswith(f"{tmp_path}/config.json: {field} is missing, expected ")

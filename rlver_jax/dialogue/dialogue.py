@@ -86,9 +86,12 @@ class NoRoom:
 
 @dataclasses.dataclass(frozen=True)
 class Failed:
-  """No answer, now or later: the user cannot be reached or cannot be understood.
+  """No answer, now or later: who was asked cannot be reached or cannot be understood.
 
-  It ends the dialogue, whose emotion then says nothing about the policy."""
+  It ends the dialogue, whose emotion then says nothing about the policy. answered: it was reached.
+  """
+
+  answered: bool = False
 
 
 Answer = UserMessage | PolicyReply | Plan | NoRoom | Failed
@@ -171,7 +174,7 @@ class Dialogue:
 
   @property
   def failed(self) -> bool:
-    """Whether the user failed, so that the dialogue has no final emotion and no reward."""
+    """Whether a partner failed, so that the dialogue has no final emotion and no reward."""
     return self.end == "failed"
 
   @property
@@ -188,7 +191,7 @@ class Dialogue:
         if self.stage is Stage.MESSAGE:
           self._close_turn(None)
         self._finish("length")
-      case ((Stage.OPENING | Stage.PLAN | Stage.MESSAGE), Failed()):
+      case ((Stage.OPENING | Stage.POLICY | Stage.PLAN | Stage.MESSAGE), Failed()):
         if self.stage is Stage.MESSAGE:
           self._close_turn(None)
         self._finish("failed")

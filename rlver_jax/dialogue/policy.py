@@ -30,6 +30,8 @@ class PolicySettings:
 class Policy:
   """Answers every dialogue whose stage is POLICY, through an engine's slots."""
 
+  far = False  # see `rollout.play`
+
   def __init__(
     self,
     engine: Engine,
@@ -80,8 +82,9 @@ class Policy:
     numbers = (self._step, dialogue.index, dialogue.turn, POLICY_CALL)
     self.engine.submit(slot, Request(context, numbers, budget, dialogue.greedy))
 
-  def poll(self) -> dict[int, Answer]:
-    """The replies that are complete, by slot."""
+  def poll(self, wait: bool = False) -> dict[int, Answer]:
+    """The replies that are complete, by slot; `wait` is for a policy that is far away."""
+    del wait
     ready, self._answers = self._answers, {}
     for slot, sample in self.engine.step().items():
       ready[slot] = self._reply(self._dialogues[slot], sample)
@@ -103,29 +106,40 @@ class Policy:
     return PolicyReply(text, thought, well_formed, sample.stopped, len(ids))
 
 
-def split_thought(tokenizer: Tokenizer, ids: list[int]) -> tuple[str, str, list[int], bool]:
-  """Cuts a sampled answer into thought and reply.
+def split_text(text: str) -> tuple[str, str, bool]:
+  """Cuts an answer into thought and reply, without the white space around them.
 
   The thought is all up to the last closing mark; without one, all that follows an opening
   mark, or nothing. So no part of a thought is ever in the reply.
 
   Returns:
-    (thought, reply, the reply's ids, well-formed): well-formed is `<think>thought</think>reply`
-    with both parts given and no further marks.
+    (thought, reply, well-formed): well-formed is `<think>thought</think>reply` with both parts
+    given and no further marks.
   """
-  text = tokenizer.decode(ids)
   before, close, after = text.rpartition(THINK_CLOSE)
   if not close:
-    reply, opened, thought = text.partition(THINK_OPEN)
-    reply_ids = tokenizer.encode(reply.strip()) if opened else list(ids)
-    return thought.strip(), reply.strip(), reply_ids, False
+    reply, _, thought = text.partition(THINK_OPEN)
+    return thought.strip(), reply.strip(), False
   thought = before.strip().removeprefix(THINK_OPEN).strip()
+  reply = after.partition(THINK_OPEN)[0].strip()
   marks = text.count(THINK_OPEN), text.count(THINK_CLOSE)
-  reply, reopened, _ = after.partition(THINK_OPEN)
-  reply = reply.strip()
   begins = text.lstrip().startswith(THINK_OPEN)
-  well_formed = begins and marks == (1, 1) and bool(thought) and bool(reply)
-  if reopened or marks[1] > 1:
+  return thought, reply, begins and marks == (1, 1) and bool(thought) and bool(reply)
+
+
+def split_thought(tokenizer: Tokenizer, ids: list[int]) -> tuple[str, str, list[int], bool]:
+  """Cuts a sampled answer as `split_text` does.
+
+  Returns:
+    (thought, reply, the reply's ids, well-formed): the ids are those that were sampled, where the
+    reply is one piece of the answer.
+  """
+  text = tokenizer.decode(ids)
+  thought, reply, well_formed = split_text(text)
+  if THINK_CLOSE not in text:
+    whole = THINK_OPEN not in text
+    return thought, reply, list(ids) if whole else tokenizer.encode(reply), well_formed
+  if text.count(THINK_CLOSE) > 1 or THINK_OPEN in text.rpartition(THINK_CLOSE)[2]:
     return thought, reply, tokenizer.encode(reply), well_formed
   return thought, reply, _ids_after(tokenizer, ids, reply), well_formed
 

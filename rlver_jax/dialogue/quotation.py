@@ -7,7 +7,8 @@ quotation in these marks, what is in it is not the simulator's own.
 
 import re
 
-Parts = tuple[tuple[str, str | None], ...]  # as in `Templates.sections`
+from rlver_jax.dialogue.sections import Parts
+
 Frame = tuple[str, str]  # the marks before and after; "" for one that words cannot be told from
 # Characters without a shape, which would hide between those of a mark.
 _UNSEEN = "[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]"

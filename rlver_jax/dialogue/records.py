@@ -108,7 +108,9 @@ def exchange(record: Any) -> tuple[UserMessage | None, int | None, tuple[Turn, .
   """What was said in a record: the opening, the emotion at it, and the turns that were appraised.
 
   Opening and emotion are None in a record without history. A thought is None where the record
-  has none. Raises Misfit for a history that is not of the format.
+  has none; of an appraisal only the change has to be there, and no number of tokens.
+
+  Raises Misfit for a history that is not of the format.
   """
   history = field(record, "history", list)
   opening = _read_user(history[0]) if history else None
@@ -118,6 +120,16 @@ def exchange(record: Any) -> tuple[UserMessage | None, int | None, tuple[Turn, .
   if turns and (opening is None or any(turn.message is None for turn in turns[:-1])):
     raise Misfit("a turn after the user has left, expected a message before it")
   return opening, field(history[0], "emotion-point", int) if history else None, turns
+
+
+def scenario_of(record: Any) -> Scenario:
+  """The scenario that a record tells of, without its first message; Misfit where it does not."""
+  texts = {"id": "id", "persona": "player", "background": "scene", "character": "character"}
+  found = {name: field(record, key, str) for name, key in (texts | {"task": "task"}).items()}
+  traits = field(record, "traits", list, [])  # which records of others lack
+  if not all(isinstance(trait, str) for trait in traits):
+    raise Misfit(f"{traits!r:.60} as 'traits', expected a list of strings")
+  return Scenario(**found, traits=tuple(traits), topic=field(record, "topic", str, ""))
 
 
 def dialogue_of(record: Any, scenario: Scenario, rules: Rules) -> Dialogue:
@@ -150,10 +162,10 @@ def spells(message: UserMessage, tokenizer: Tokenizer) -> bool:
 def _read_turn(reply: Any, user: Any) -> Turn:
   said, planning = _read_reply(reply), field(user, "planning", dict)
   plan = Plan(
-    field(planning, "change", int), field(planning, "content", str),
-    field(planning, "TargetCompletion", str), field(planning, "activity", str),
-    field(planning, "analyse", str), field(planning, "parsed", bool),
-    field(planning, "tokens", int), field(planning, "retries", int),
+    field(planning, "change", int), field(planning, "content", str, ""),
+    field(planning, "TargetCompletion", str, ""), field(planning, "activity", str, ""),
+    field(planning, "analyse", str, ""), field(planning, "parsed", bool, True),
+    field(planning, "tokens", int, 0), field(planning, "retries", int, 0),
   )  # fmt: skip
   return Turn(said, plan, field(user, "emotion-point", int), _read_user(user))
 
@@ -163,7 +175,7 @@ def _read_reply(entry: Any) -> PolicyReply:
     raise Misfit(f"the role {entry['role']!r:.60}, expected user and assistant in turn")
   thought = field(entry, "thinking", str) if "thinking" in entry else None
   well_formed = thought is None or field(entry, "well_formed", bool)
-  tokens = field(entry, "tokens", int)
+  tokens = field(entry, "tokens", int, 0)
   return PolicyReply(field(entry, "content", str), thought, well_formed, True, tokens)
 
 
@@ -171,7 +183,7 @@ def _read_user(entry: Any) -> UserMessage | None:
   """The user's message, None where it said nothing more."""
   if field(entry, "role", str) != "user":
     raise Misfit(f"the role {entry['role']!r:.60}, expected user and assistant in turn")
-  text, tokens = field(entry, "content", str), field(entry, "tokens", int)
+  text, tokens = field(entry, "content", str), field(entry, "tokens", int, 0)
   if not text:
     return None
   ids = tuple(field(entry, "ids", list)) if "ids" in entry else None

@@ -7,15 +7,17 @@ pieces than in the run, so that log-probabilities differ in their last bits, whi
 where two answers are as probable as each other.
 """
 
+import collections
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlver_jax import json_lines
 from rlver_jax.dialogue import emotion as emotion_lib
 from rlver_jax.dialogue import records as records_lib
 from rlver_jax.dialogue.dialogue import (
+  Answer,
   Dialogue,
   Plan,
   Rules,
@@ -41,21 +43,38 @@ class Recorded:
 
 @dataclasses.dataclass(frozen=True)
 class Rescored:
-  """What a recorded dialogue came to: for each turn (change, emotion), None where there is none."""
+  """What a recorded dialogue came to: for each turn the new answer, which need not be a Plan."""
 
   recorded: Recorded
-  turns: tuple[tuple[int | None, int], ...]
+  answers: tuple[Answer, ...]
+
+  @property
+  def changes(self) -> tuple[int | None, ...]:
+    """The change of emotion of each turn, as it is felt at the dialogue's level; None for none."""
+    level = self.recorded.start.rules.level
+    return tuple(level.felt(a.change) if isinstance(a, Plan) else None for a in self.answers)
+
+  @property
+  def emotions(self) -> tuple[int, ...]:
+    """The emotion after each turn; one without a change leaves it as it was."""
+    emotion, found = self.recorded.start.rules.initial_emotion, []
+    for change in self.changes:
+      emotion = emotion_lib.update(emotion, change or 0)
+      found.append(emotion)
+    return tuple(found)
 
   @property
   def emotion(self) -> int:
     """The final emotion."""
-    return self.turns[-1][1] if self.turns else self.recorded.start.rules.initial_emotion
+    return (self.recorded.start.rules.initial_emotion, *self.emotions)[-1]
 
   @property
   def equal(self) -> bool:
     """Whether all changes and emotions are as recorded."""
-    recorded = tuple((turn.plan.change, turn.emotion) for turn in self.recorded.turns)
-    return recorded == self.turns and self.emotion == self.recorded.emotion
+    turns = self.recorded.turns
+    changes, emotions = tuple(t.plan.change for t in turns), tuple(t.emotion for t in turns)
+    equal = (changes, emotions) == (self.changes, self.emotions)
+    return equal and self.emotion == self.recorded.emotion
 
 
 def read(
@@ -123,46 +142,65 @@ def _check_ids(message: UserMessage, tokenizer: Tokenizer) -> None:
 
 
 def rescore(
-  simulator: Simulator, dialogues: Sequence[Recorded], *, step: int, slots: int
+  simulator: Simulator,
+  dialogues: Sequence[Recorded],
+  *,
+  step: int,
+  slots: int,
+  on_round: Callable[[], None] = lambda: None,
+  on_end: Callable[[Rescored], None] = lambda rescored: None,
 ) -> list[Rescored]:
-  """Appraises every turn of the dialogues of one step (0-based) once more."""
+  """Appraises every turn of the dialogues of one step (0-based) once more.
+
+  Args:
+    slots: dialogues under way at once; a finished one's slot goes to the next in line.
+    on_round: called once a round; what it raises ends it.
+    on_end: called with each dialogue when its last turn is appraised, in no fixed order.
+  """
   simulator.start(step)
-  found = []
-  for first in range(0, len(dialogues), slots):
-    found += _rescore_some(simulator, dialogues[first : first + slots])
-  return found
+  answers: list[list[Answer]] = [[] for _ in dialogues]
+  waiting = collections.deque(i for i, r in enumerate(dialogues) if r.turns)
+  free, active = list(range(slots)), {}
+
+  def ask(slot: int) -> None:
+    number, d = active[slot]
+    d.pending = (dialogues[number].turns[d.turn].reply,)
+    d.stage = Stage.PLAN
+    simulator.submit(slot, d)
+
+  while waiting or active:
+    on_round()
+    placed = {}
+    while waiting and free:
+      number, slot = waiting.popleft(), free.pop(0)
+      active[slot] = number, _begun(dialogues[number])
+      placed[slot] = active[slot][1]
+    if placed:
+      simulator.open(placed)
+      for slot in placed:
+        ask(slot)
+    for slot, answer in simulator.poll(wait=True).items():
+      number, d = active[slot]
+      recorded = dialogues[number]
+      answers[number].append(answer)
+      # The history is always the recorded one.
+      d.turns.append(turn := recorded.turns[d.turn])
+      d.pending, d.emotion = (), turn.emotion
+      if d.turn < len(recorded.turns):
+        ask(slot)
+      else:
+        del active[slot]
+        free.append(slot)
+        on_end(Rescored(recorded, tuple(answers[number])))
+  return [Rescored(r, tuple(some)) for r, some in zip(dialogues, answers, strict=True)]
 
 
-def _rescore_some(simulator: Simulator, recorded: Sequence[Recorded]) -> Iterator[Rescored]:
-  """As many as there are slots, turn by turn; the history is always the recorded one."""
-  dialogues = {
-    slot: Dialogue(r.start.index, r.start.group, r.start.scenario, r.start.rules)
-    for slot, r in enumerate(recorded)
-  }
-  for slot, r in enumerate(recorded):
-    dialogues[slot].opening = r.start.opening
-  simulator.open(dialogues)
-  plans: list[list[int | None]] = [[] for _ in recorded]
-  for turn in range(max(len(r.turns) for r in recorded)):
-    waiting = {slot for slot, r in enumerate(recorded) if turn < len(r.turns)}
-    for slot in waiting:
-      d = dialogues[slot]
-      d.pending, d.stage = (recorded[slot].turns[turn].reply,), Stage.PLAN
-      simulator.submit(slot, d)
-    while waiting:
-      for slot, answer in simulator.poll(wait=True).items():
-        d = dialogues[slot]
-        plan = isinstance(answer, Plan)
-        plans[slot].append(d.rules.level.felt(answer.change) if plan else None)
-        d.turns.append(recorded[slot].turns[turn])
-        d.pending, d.emotion = (), recorded[slot].turns[turn].emotion
-        waiting.remove(slot)
-  for r, changes in zip(recorded, plans, strict=True):
-    emotion, turns = r.start.rules.initial_emotion, []
-    for change in changes:
-      emotion = emotion_lib.update(emotion, change or 0)
-      turns.append((change, emotion))
-    yield Rescored(r, tuple(turns))
+def _begun(recorded: Recorded) -> Dialogue:
+  """The dialogue as it was before its first reply, to be taken through its turns."""
+  start = recorded.start
+  dialogue = Dialogue(start.index, start.group, start.scenario, start.rules)
+  dialogue.opening = start.opening
+  return dialogue
 
 
 def write(path: pathlib.Path, rescored: dict[int, list[Rescored]]) -> None:
@@ -188,7 +226,7 @@ def _line(step: int, found: Rescored) -> dict[str, Any]:
         "emotion-point": turn.emotion,
         "rescored_emotion-point": emotion,
       }
-      for turn, (change, emotion) in zip(r.turns, found.turns, strict=True)
+      for turn, change, emotion in zip(r.turns, found.changes, found.emotions, strict=True)
     ],
   }
 
@@ -198,7 +236,7 @@ def summary(rescored: Sequence[Rescored]) -> dict[str, str]:
   pairs = [
     (turn.plan.change, change)
     for found in rescored
-    for turn, (change, _) in zip(found.recorded.turns, found.turns, strict=True)
+    for turn, change in zip(found.recorded.turns, found.changes, strict=True)
   ]
   differences = [abs(a - b) for a, b in pairs if b is not None]
   mean = sum(differences) / len(differences) if differences else 0.0

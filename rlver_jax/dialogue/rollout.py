@@ -52,11 +52,32 @@ def rollout(
     )
     for i in range(size)
   ]
+  play(policy, simulator, dialogues, slots=slots, step=step, on_round=on_round)
+  return dialogues
+
+
+def play(
+  policy: Policy,
+  simulator: Simulator,
+  dialogues: Sequence[Dialogue],
+  *,
+  slots: int,
+  step: int,
+  on_round: Callable[[], None] = lambda: None,
+  on_end: Callable[[Dialogue], None] = lambda dialogue: None,
+) -> None:
+  """Plays dialogues that have not begun, whose indices differ, to their ends.
+
+  Args:
+    slots, step, on_round: as in `rollout`.
+    on_end: called with each dialogue when it has ended, in no fixed order.
+  """
   policy.start(step)
   simulator.start(step)
   waiting = collections.deque(dialogues)
   free = list(range(slots))
   active: dict[int, Dialogue] = {}
+  idle = False
   while waiting or active:
     on_round()
     placed = {}
@@ -68,28 +89,36 @@ def rollout(
       active |= placed
       for slot, dialogue in placed.items():
         _ask(policy, simulator, slot, dialogue)
+    answered = 0
     for player in (policy, simulator):
-      for slot, answer in _poll(player, policy, active).items():
+      answers = _poll(player, policy, simulator, active, idle)
+      answered += len(answers)
+      for slot, answer in answers.items():
         dialogue = active[slot]
         dialogue.advance(answer)
         if dialogue.stage is Stage.DONE:
           del active[slot]
           free.append(slot)
+          on_end(dialogue)
         else:
           _ask(policy, simulator, slot, dialogue)
-  return dialogues
+    idle = not answered
 
 
 def _poll(
-  player: Policy | Simulator, policy: Policy, active: dict[int, Dialogue]
+  player: Policy | Simulator,
+  policy: Policy,
+  simulator: Simulator,
+  active: dict[int, Dialogue],
+  idle: bool,
 ) -> dict[int, Answer]:
-  """The answers that are ready; the user may take a moment where the policy has nothing to do.
+  """The answers that are ready; a player may take a moment where nobody else has anything to do.
 
-  That is decided from the dialogues, which are the same in all processes.
+  That is decided from the dialogues, which are the same in all processes. Of two players who are
+  far away none has: then a round that brought nothing (`idle`) is followed by one that waits.
   """
-  if player is policy:
-    return policy.poll()
-  return player.poll(wait=all(d.stage is not Stage.POLICY for d in active.values()))
+  alone = all((d.stage is Stage.POLICY) == (player is policy) for d in active.values())
+  return player.poll(wait=alone or (idle and policy.far and simulator.far))
 
 
 def _ask(policy: Policy, simulator: Simulator, slot: int, dialogue: Dialogue) -> None:

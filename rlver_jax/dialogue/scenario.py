@@ -17,6 +17,7 @@ import re
 from typing import Any
 
 from rlver_jax.errors import UserError
+from rlver_jax.json_lines import Misfit
 from rlver_jax.permutation import permutation
 
 EMOTIONAL = ("listen", "empathy", "praise", "agree")
@@ -63,8 +64,8 @@ class Scenario:
 
   @property
   def language(self) -> str:
-    """ "zh" where the task has Chinese characters, else "en"."""
-    return "zh" if _CJK.search(self.task) else "en"
+    """As `language_of` has it."""
+    return language_of(self.task)
 
   @property
   def intention(self) -> str:
@@ -74,6 +75,28 @@ class Scenario:
       UserError: if `task` says none of them, or several.
     """
     return _intention(self.task, f"scenario {self.id!r}")
+
+
+def language_of(task: str) -> str:
+  """The language of a hidden intention: "zh" where it has Chinese characters, else "en"."""
+  return "zh" if _CJK.search(task) else "en"
+
+
+def intention_of(task: str) -> str:
+  """The name of a hidden intention, one of `EMOTIONAL` or `RATIONAL`.
+
+  Raises:
+    Misfit: if the text says none of them, or several.
+  """
+  found = [name for name, pattern in _INTENTION_PATTERNS.items() if re.search(pattern, task, re.I)]
+  if len(found) != 1:
+    reading = f"could mean {' or '.join(found)}" if found else "names no known intention"
+    raise Misfit(
+      f"field 'task' is {_short(task)}, which {reading}, expected a wish for one of: to be "
+      "listened to, empathy, praise, someone to agree, advice, to reflect on oneself, a balanced "
+      "view, the motives of others"
+    )
+  return found[0]
 
 
 def resolve(path: str) -> pathlib.Path:
@@ -178,15 +201,10 @@ def batch_indices(length: int, step: int, batch_size: int, seed: int) -> list[in
 
 
 def _intention(task: str, where: str) -> str:
-  found = [name for name, pattern in _INTENTION_PATTERNS.items() if re.search(pattern, task, re.I)]
-  if len(found) != 1:
-    reading = f"could mean {' or '.join(found)}" if found else "names no known intention"
-    raise UserError(
-      f"{where}: field 'task' is {_short(task)}, which {reading}, expected a wish for one of: "
-      "to be listened to, empathy, praise, someone to agree, advice, to reflect on oneself, "
-      "a balanced view, the motives of others."
-    )
-  return found[0]
+  try:
+    return intention_of(task)
+  except Misfit as misfit:
+    raise UserError(f"{where}: {misfit}.") from misfit
 
 
 def _text(record: dict, key: str, where: str, may_be_empty: bool = False) -> str:

@@ -1,7 +1,4 @@
-"""Prompt templates: one text file per language, read once and checked on reading.
-
-    === name ===        opens a section; `#` lines before the first one are comments
-    text with {field}   filled in by `Templates.render`; a literal brace is doubled
+"""Prompt templates: one text file of sections (see `sections.py`) per language.
 
 The simulated user is the assistant of an append-only chat: `system` (who it is), then for each
 turn `helper` (the reply, quoted), `plan` or `choice` (appraise it) and `message` (speak).
@@ -17,12 +14,13 @@ import dataclasses
 import importlib.resources
 import pathlib
 import re
-import string
 from collections.abc import Sequence
 
 from rlver_jax.dialogue import answers, quotation
+from rlver_jax.dialogue import sections as sections_lib
 from rlver_jax.dialogue.answers import PLAN_FIELDS
 from rlver_jax.dialogue.levels import VANILLA
+from rlver_jax.dialogue.sections import Parts
 from rlver_jax.errors import UserError
 
 LABELS = (*PLAN_FIELDS, "change")
@@ -52,8 +50,6 @@ LEVEL_SECTIONS = {n: SECTIONS[n] for n in ("system", "opening", "plan", "choice"
 # The package's own prompts, and those of its embedded models.
 PACKAGE_FOLDERS = {"": "dialogue/prompts", "tiny": "assets/embedded/prompts"}
 
-_HEADER = re.compile(r"===\s*(\S+)\s*===\s*")
-
 
 @dataclasses.dataclass(frozen=True)
 class Templates:
@@ -66,7 +62,7 @@ class Templates:
   """
 
   language: str
-  sections: dict[str, tuple[tuple[str, str | None], ...]]
+  sections: dict[str, Parts]
   labels: dict[str, str]
   goodbye: tuple[str, ...]
   levels: "dict[str, Templates]" = dataclasses.field(default_factory=dict)
@@ -92,7 +88,7 @@ class Templates:
     parts = self.sections[section]
     if fields.keys() != SECTIONS[section]:
       raise TypeError(f"section {section} takes {sorted(SECTIONS[section])}, not {sorted(fields)}")
-    return "".join(text + (str(fields[name]) if name else "") for text, name in parts)
+    return sections_lib.filled(parts, fields)
 
   def quote(self, reply: str) -> list[str]:
     """The section `helper` in pieces, template and quoted reply in turn, the template first.
@@ -126,11 +122,10 @@ def load(language: str, folder: str = "", levels: Sequence[str] = ()) -> Templat
   root = pathlib.Path(folder) if own is None else pathlib.Path(str(package / own))
   path = root / f"{language}.txt"
   sections, first_line = _read(path, SECTIONS)
-  if absent := [name for name in SECTIONS if name not in sections]:
-    raise UserError(f"{path} has no section {absent[0]!r}, expected a line '=== {absent[0]} ==='")
-  labels = _labels(_literal(sections["labels"]), path, first_line["labels"])
+  sections_lib.check_all_there(path, sections, SECTIONS)
+  labels = _labels(sections_lib.literal(sections["labels"]), path, first_line["labels"])
   _check_plan(sections["plan"], labels, path, first_line["plan"])
-  lines = _literal(sections["goodbye"]).splitlines()
+  lines = sections_lib.literal(sections["goodbye"]).splitlines()
   goodbye = tuple(line.strip() for line in lines if line.strip())
   if not goodbye:
     raise UserError(f"{path} has no phrase in section 'goodbye', expected at least one")
@@ -151,95 +146,19 @@ def _load_level(templates: Templates, path) -> Templates:
   return dataclasses.replace(templates, sections=templates.sections | sections)
 
 
-def _read(path, allowed: dict[str, set[str]]) -> tuple[dict[str, tuple], dict[str, int]]:
-  """The parts of each section of a file, and the number of its first line."""
-  try:
-    text = path.read_text(encoding="utf-8")
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(
-      f"the prompt templates {path} cannot be read ({error}), a UTF-8 text file was expected"
-    ) from error
-  lines = _split(text, path, allowed)
-  sections = {name: _parse(name, numbered, path) for name, numbered in lines.items()}
-  return sections, {name: numbered[0][0] if numbered else 0 for name, numbered in lines.items()}
-
-
-def _literal(parts: tuple[tuple[str, str | None], ...]) -> str:
-  """A section's text without its fields."""
-  return "".join(text for text, _ in parts)
+def _read(path, allowed: dict[str, set[str]]) -> tuple[dict[str, Parts], dict[str, int]]:
+  return sections_lib.read(
+    path, allowed, "prompt templates", optional=OPTIONAL, may_be_empty=("labels", "goodbye")
+  )
 
 
 def _check_plan(parts, labels: dict[str, str], path, first_line: int) -> None:
   for label in labels.values():
-    if not re.search(rf"{re.escape(label)}\s*[:：]", _literal(parts)):
+    if not re.search(rf"{re.escape(label)}\s*[:：]", sections_lib.literal(parts)):
       raise UserError(
         f"{path}, line {first_line}: section 'plan' does not name the label {label!r},"
         f" expected a line '{label}: ...' as in section 'labels'"
       )
-
-
-def _split(text: str, path, allowed: dict[str, set[str]]) -> dict[str, list[tuple[int, str]]]:
-  """Section name -> its numbered lines, without the blank ones around them."""
-  sections: dict[str, list[tuple[int, str]]] = {}
-  current = None
-  for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), 1):
-    if header := _HEADER.fullmatch(line):
-      name = header[1]
-      if name not in allowed:
-        raise UserError(
-          f"{path}, line {number}: unknown section {name!r}, expected one of {', '.join(allowed)}"
-        )
-      if name in sections:
-        raise UserError(f"{path}, line {number}: section {name!r} comes twice, expected once")
-      current = sections[name] = []
-    elif current is not None:
-      current.append((number, line))
-    elif line.strip() and not line.startswith("#"):
-      raise UserError(
-        f"{path}, line {number}: found text before the first section,"
-        " expected a comment that starts with # or a line '=== name ==='"
-      )
-  for lines in sections.values():
-    while lines and not lines[-1][1].strip():
-      lines.pop()
-    while lines and not lines[0][1].strip():
-      lines.pop(0)
-  return sections
-
-
-def _parse(name: str, lines: list[tuple[int, str]], path) -> tuple[tuple[str, str | None], ...]:
-  """A section's (literal text, field) pairs, checked against what the section must have."""
-  expected = SECTIONS[name]
-  wanted = f"expected {', '.join(sorted(expected)) or 'none'}"
-  parts, literal, seen = [], [], set()
-  for i, (number, line) in enumerate(lines):
-    where = f"{path}, line {number}"
-    try:
-      pieces = list(string.Formatter().parse(line))
-    except ValueError as error:
-      raise UserError(
-        f"{where}: found a brace that cannot be read ({error}), a literal brace is doubled"
-      ) from error
-    for text, field, spec, conversion in pieces:
-      literal.append(text)
-      if field is None:
-        continue
-      if field not in expected or spec or conversion:
-        raise UserError(
-          f"{where}: section {name!r} has the unknown placeholder {{{field}}}, {wanted}"
-        )
-      parts.append(("".join(literal), field))
-      literal = []
-      seen.add(field)
-    if i + 1 < len(lines):
-      literal.append("\n")
-  if missing := sorted(expected - OPTIONAL.get(name, set()) - seen):
-    where = f"{path}, line {lines[0][0]}" if lines else f"{path}"
-    raise UserError(f"{where}: section {name!r} lacks the placeholder {{{missing[0]}}}, {wanted}")
-  parts.append(("".join(literal), None))
-  if name not in ("labels", "goodbye") and not seen and not parts[0][0].strip():
-    raise UserError(f"{path}: section {name!r} is empty, expected text")
-  return tuple(parts)
 
 
 def _labels(text: str, path, first_line: int) -> dict[str, str]:

@@ -25,9 +25,10 @@ from rlver_jax.embedded import dialogues as dialogues_lib
 from rlver_jax.embedded import drill
 from rlver_jax.embedded import scenarios as scenarios_lib
 from rlver_jax.embedded.dialogues import Plan
-from rlver_jax.embedded.fidelity import Fidelity, fidelity
 from rlver_jax.embedded.helper import Habits
 from rlver_jax.errors import UserError
+from rlver_jax.evaluation import fidelity
+from rlver_jax.evaluation.fidelity import Fidelity
 
 ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
 MANIFEST = "manifest.json"
@@ -61,6 +62,11 @@ class Stage:
 # a token; whole ones follow, for what is far into a dialogue.
 _ABLE = Plan("train", Habits(0.85, 0.1, long=0.03), thinking=0.5, turns=(1, 4), coined=0.7)
 _POLICY = Plan("train", Habits(0.5, 0.25, long=0.03), thinking=0.5, turns=(5, 10), coined=0.7)
+# A helper that never says a thing twice, which shows in long dialogues alone.
+_VARIED = Plan(
+  "train", Habits(1.0, 0.0, tied=0.95, foreign=0.0, mixed=0.0), thinking=0.5, turns=(12, 16),
+  coined=0.7, patient=True,
+)  # fmt: skip
 # A simulated user meets more of what is rare and of what a policy in training comes up with.
 _SIMULATOR = Plan(
   "train",
@@ -80,6 +86,9 @@ STAGES = {
     _REPEAT,
     Stage(_ABLE, 12000, 500, 4, 1152, 3e-3),
     Stage(_ABLE, 12000, 600, 4, 1152, 3e-3),
+    Stage(_VARIED, 2500, 400, 3, 1664, 3e-3),
+    Stage("spell", 8000, 900, 2, 512, 3e-3),
+    Stage(_VARIED, 2500, 250, 3, 1664, 3e-3),
     Stage(_POLICY, 2500, 250, 3, 1664, 2e-3),
   ),
   "simulator": (
@@ -88,7 +97,10 @@ STAGES = {
     Stage("recognise", 6500, 1000, 3, 1472, 3e-3),
     Stage(_WHOLE, 5000, 900, 2, 2304, 3e-3),
     Stage(_WHOLE, 5000, 600, 3, 1920, 3e-3, ("change",)),
-    Stage(_WHOLE, 1500, 200, 2, 2304, 1e-3),
+    Stage("weigh", 3000, 400, 3, 1472, 3e-3),
+    Stage(_WHOLE, 4000, 300, 3, 1920, 3e-3, ("change",)),
+    Stage("appraise", 2200, 500, 2, 1984, 3e-3),
+    Stage(_WHOLE, 5000, 600, 2, 2304, 2e-3),
   ),
 }
 # Whose replies the simulated user is measured on: those of the policy as it starts, and worse.
@@ -115,7 +127,7 @@ def main(argv: list[str]) -> int:
   try:
     made = train(MODEL.value, workdir)
   except Interrupted as stop:
-    print(f"{stop}; the same command goes on from the checkpoint.", flush=True)
+    print(f"{stop}; the same command goes on.", flush=True)
     return 128 + stop.signum
   install(made, ASSETS / f"tiny-{MODEL.value}")
   print(f"Wrote {ASSETS / f'tiny-{MODEL.value}'}.")
@@ -161,8 +173,10 @@ def train(model: str, workdir: pathlib.Path) -> pathlib.Path:
   held_out = {"loss": round(summary["held_out_loss"], 4)}
   if model == "simulator":
     for helper, habits in HELPERS.items():
-      found = dataclasses.asdict(measure(str(exported), habits))
-      held_out[helper] = {name: round(value, 4) for name, value in found.items()}
+      found = measure(str(exported), habits)
+      held_out[helper] = {"turns": found.turns} | {
+        name: round(getattr(found, name), 4) for name in ("sign", "error", "unread")
+      }
   manifest = {
     "command": f"python -m rlver_jax.embedded.build --model={model}",
     "seed": SEEDS[model],
@@ -224,20 +238,20 @@ def measure(path: str, habits: Habits) -> Fidelity:
   habits says to held-out users."""
   from configs import grpo
   from rlver_jax import build
+  from rlver_jax.dialogue import rescore
   from rlver_jax.sources import open_sources
 
   config = grpo.get_config("tiny")
-  config.simulator.update(
-    path=path, templates="tiny", score="generate", temperature=0.0, top_p=1.0, max_plan_tokens=64,
-    max_message_tokens=64, cache_length=1024,
-  )  # fmt: skip
-  config.data.path = SCENARIOS["held_out"][0]
-  config.sampling.update(extend_buckets=(32, 96), smallest_window=256, decode_steps=64)
+  config.simulator.update(path=path, temperature=0.0)
+  config.data.path, config.evaluation.path = SCENARIOS["held_out"][0], ""
   plan = Plan("held_out", habits, 0.0, turns=(10, 10))
   dialogues = [dialogues_lib.play(plan, number, SEED) for number in range(SCENARIOS["held_out"][1])]
   sources = open_sources(config)
   slots = build.slots(config, sources.mesh)
-  return fidelity(build.build_simulator(config, sources), dialogues, slots=slots)
+  simulator = build.build_simulator(config, sources)
+  recorded = [fidelity.recorded(dialogue) for dialogue in dialogues]
+  found = rescore.rescore(simulator, recorded, step=0, slots=slots)
+  return fidelity.compare([fidelity.Replayed.of(r) for r in found])
 
 
 def digests(directory: pathlib.Path) -> dict[str, str]:

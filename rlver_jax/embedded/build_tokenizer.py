@@ -13,7 +13,7 @@ from rlver_jax.assets import build_tokenizer
 from rlver_jax.dialogue import templates as templates_lib
 from rlver_jax.dialogue.answers import PLAN_FIELDS
 from rlver_jax.dialogue.policy import THINK_CLOSE, THINK_OPEN
-from rlver_jax.dialogue.simulators.chat import persona_text, question_text
+from rlver_jax.dialogue.simulators.chat import appraisal_text, persona_text, question_text
 from rlver_jax.embedded import dialogues
 from rlver_jax.embedded.dialogues import Plan
 from rlver_jax.embedded.helper import Habits
@@ -51,7 +51,7 @@ def world_texts() -> Iterator[str]:
       yield f"{THINK_OPEN}{turn.reply.thought}{THINK_CLOSE}{turn.reply.text}"
       yield from own.quote("")
       yield question_text(own, "plan", emotion)
-      yield "\n".join(f"{own.labels[name]}: {getattr(turn.plan, name)}" for name in own.labels)
+      yield appraisal_text(own, turn.plan)
       yield question_text(own, "message", turn.emotion, change=f"{turn.plan.change:+d}", **NO_PLAN)
       emotion = turn.emotion
       if turn.message is not None:

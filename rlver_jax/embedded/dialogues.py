@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 from rlver_jax.dialogue import records
 from rlver_jax.dialogue.dialogue import Dialogue, PolicyReply, Rules, Stage
+from rlver_jax.dialogue.dialogue import Plan as Appraisal
+from rlver_jax.dialogue.simulators.appraisal import LEVELS
 from rlver_jax.dialogue.simulators.scripted import details
 from rlver_jax.embedded import helper
 from rlver_jax.embedded.helper import Habits
@@ -25,7 +27,8 @@ class Plan:
   split: of the scenarios; thinking: share of dialogues whose helper thinks before it speaks;
   emotions: the lowest and the highest at the start; turns: the fewest and the most; unopened:
   share of dialogues in which the user words the opening itself (else the scenario has it); coined:
-  share of the words of details that mean nothing.
+  share of the words of details that mean nothing; patient: the user takes each reply for a part of
+  what it wants, so that a dialogue has all its turns, however well or badly it goes.
   """
 
   split: str
@@ -35,6 +38,7 @@ class Plan:
   turns: tuple[int, int] = (8, 8)
   unopened: float = 0.0
   coined: float = 0.0
+  patient: bool = False
 
 
 def play(plan: Plan, number: int, seed: int) -> Dialogue:
@@ -45,15 +49,19 @@ def play(plan: Plan, number: int, seed: int) -> Dialogue:
   thinks = rng.random() < plan.thinking
   told = scenario(plan.split, number, seed, opened, plan.coined)
   dialogue = Dialogue(number, number, told, rules)
-  return finish(dialogue, seed, lambda d: _reply(plan, d, thinks, rng))
+  return finish(dialogue, seed, lambda d: _reply(plan, d, thinks, rng), plan.patient)
 
 
-def finish(dialogue: Dialogue, seed: int, reply: Callable[[Dialogue], PolicyReply]) -> Dialogue:
-  """Plays a dialogue with the scripted user to its end; returns it."""
+def finish(
+  dialogue: Dialogue, seed: int, reply: Callable[[Dialogue], PolicyReply], patient: bool = False
+) -> Dialogue:
+  """Plays a dialogue with the scripted user to its end; returns it. patient: as `Plan` has it."""
   user = scripted_user(seed)
   while dialogue.stage is not Stage.DONE:
     if dialogue.stage is Stage.POLICY:
       dialogue.advance(reply(dialogue))
+    elif dialogue.stage is Stage.PLAN and patient:
+      dialogue.advance(Appraisal(LEVELS["partly"]))
     else:
       user.submit(0, dialogue)
       dialogue.advance(user.poll()[0])

@@ -3,30 +3,44 @@
 repeat     some words, and the same again. A model that starts with dialogues guesses details
            long before it copies them; one that has done this copies from the start, also words
            that it never met.
+spell      the same with words of any letters: to copy what it has never met, a model must not lean
+           on what it has.
 recognise  a scenario and replies of all kinds, each followed by what it does, the first line of
            its appraisal. In whole appraisals the few words on which all others hang are lost
            among many that are easy.
+weigh      as recognise with replies that are easy to tell apart, each followed by its whole
+           appraisal: what is left to learn is what a reply is worth to a user of this character, a
+           word said once, far above.
 """
 
+import dataclasses
+import functools
 import pathlib
+import random
+import string
 from collections.abc import Callable
 
 from rlver_jax import json_lines
 from rlver_jax.dialogue import templates as templates_lib
 from rlver_jax.dialogue.simulators.appraisal import appraise
-from rlver_jax.dialogue.simulators.chat import persona_text, question_text
+from rlver_jax.dialogue.simulators.chat import appraisal_text, persona_text, question_text
 from rlver_jax.dialogue.simulators.scripted import details
 from rlver_jax.embedded import helper
 from rlver_jax.embedded.helper import Habits
-from rlver_jax.embedded.scenarios import detail, generator, scenario
+from rlver_jax.embedded.scenarios import detail, generator, pick, scenario
 
 COINED = 0.7  # share of the words of details that mean nothing
 WORDS = (1, 6)  # repeat: the fewest details and the most in an example, of two words each
+LETTERS = (3, 9)  # spell: the fewest and the most of a word
 TIMES = 3  # repeat: that they are said again: the sooner a model finds out that they are
-REPLIES = 8  # recognise: in an example
-HABITS = Habits(
+REPLIES = 8  # in an example of the others
+# recognise: all kinds of replies are about as frequent.
+ALL_KINDS = Habits(
   0.3, 0.35, long=0.0, repeated=0.25, tied=0.7, foreign=0.12, mixed=0.12, stuck=0.4, garbled=0.1
-)  # recognise: all kinds of replies are about as frequent
+)
+# appraise: more of the replies that a policy in training gives and that look like good ones.
+NEARLY = dataclasses.replace(ALL_KINDS, matched=0.45, poor=0.25, garbled=0.3)
+CLEAR = Habits(0.5, 0.2, long=0.0, repeated=0.0, tied=0.85, foreign=0.0, mixed=0.1)  # weigh
 
 
 def write(path: pathlib.Path, exercise: str, split: str, count: int, seed: int) -> None:
@@ -35,18 +49,34 @@ def write(path: pathlib.Path, exercise: str, split: str, count: int, seed: int) 
   json_lines.write(path, ({"messages": make(split, seed, number)} for number in range(count)))
 
 
-def _repeat(split: str, seed: int, number: int) -> list[dict]:
-  rng = generator("repeat", seed, split, number)
+def _repeated(exercise: str, letters: float, split: str, seed: int, number: int) -> list[dict]:
+  """letters: share of the details that are put together from any letters, in training."""
+  rng = generator(exercise, seed, split, number)
+  letters *= split == "train"
+
+  def words() -> str:
+    if letters and rng.random() < letters:
+      return f"{_any_letters(rng)} {_any_letters(rng)}"
+    # Without articles and commas: what comes after a word that comes once is easiest to find.
+    return detail(split, rng, _coined(split)).removeprefix("the ")
+
   fewest, most = WORDS
-  count = fewest + int(rng.random() * (most - fewest + 1))
-  # Without articles and commas: what comes after a word that comes once is easiest to find.
-  text = " ".join(detail(split, rng, _coined(split)).removeprefix("the ") for _ in range(count))
+  text = " ".join(words() for _ in range(fewest + int(rng.random() * (most - fewest + 1))))
   said = (("system", "Say it again."), ("user", text), ("assistant", " ".join([text] * TIMES)))
   return [_message(role, content) for role, content in said]
 
 
-def _recognise(split: str, seed: int, number: int) -> list[dict]:
-  rng = generator("recognise", seed, split, number)
+def _any_letters(rng: random.Random) -> str:
+  shortest, longest = LETTERS
+  length = shortest + int(rng.random() * (longest - shortest + 1))
+  return "".join(pick(rng, string.ascii_lowercase) for _ in range(length))
+
+
+def _judged(
+  exercise: str, habits: Habits, whole: bool, split: str, seed: int, number: int
+) -> list[dict]:
+  """A scenario and replies, each with its appraisal, or with the first line of it."""
+  rng = generator(exercise, seed, split, number)
   templates = templates_lib.load("en", "tiny")
   told = scenario(split, number, seed, coined=_coined(split))
   found = [
@@ -57,13 +87,14 @@ def _recognise(split: str, seed: int, number: int) -> list[dict]:
   earlier: list[str] = []
   for _ in range(REPLIES):
     reply = helper.reply(
-      HABITS, told.intention, list(details(told)), earlier,
+      habits, told.intention, list(details(told)), earlier,
       lambda rng: detail(split, rng, _coined(split)), rng,
     )  # fmt: skip
-    does = appraise(reply.text, told, earlier, [told.first_message]).content
+    plan = appraise(reply.text, told, earlier, [told.first_message])
+    answer = appraisal_text(templates, plan)
     question = question_text(templates, "plan", 5 + int(rng.random() * 90))
     found.append(_message("user", f"{''.join(templates.quote(reply.text))}\n\n{question}"))
-    found.append(_message("assistant", f"{templates.labels['content']}: {does}"))
+    found.append(_message("assistant", answer if whole else answer.splitlines()[0]))
     earlier.append(reply.text)
   return found
 
@@ -77,6 +108,9 @@ def _message(role: str, content: str, **more) -> dict:
 
 
 EXERCISES: dict[str, Callable[[str, int, int], list[dict]]] = {
-  "repeat": _repeat,
-  "recognise": _recognise,
+  "repeat": functools.partial(_repeated, "repeat", 0.0),
+  "spell": functools.partial(_repeated, "spell", 0.5),
+  "recognise": functools.partial(_judged, "recognise", ALL_KINDS, False),
+  "weigh": functools.partial(_judged, "weigh", CLEAR, True),
+  "appraise": functools.partial(_judged, "appraise", NEARLY, True),
 }

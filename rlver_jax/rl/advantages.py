@@ -1,10 +1,10 @@
 """Advantages and returns from rewards, as pure functions of arrays [B, T] with a mask.
 
 A reward stands at the last token of what it rewards; only the policy's own tokens count, and
-whatever lies between them (the user's words, the chat template) is stepped over. Estimators
-that know one number a dialogue take the sum of its rewards and give every token the same
-advantage. Rows without any token of the policy (padding, dialogues that were dropped) are
-absent: they count in no mean and get zero.
+whatever lies between them (the user's words, the chat template) is stepped over. A reply is a run
+of the policy's tokens. Estimators that know one number a dialogue take the sum of its rewards and
+give every token the same advantage. Rows without any token of the policy (padding, dialogues that
+were dropped) are absent: they count in no mean and get zero.
 
 Axes: B rows (dialogues), T tokens, G groups. All arrays are float32 unless said otherwise.
 """
@@ -20,6 +20,7 @@ SAME = 1e-6  # rewards of a group that differ by less are equal
 # Estimator -> what it needs beside the rewards.
 ESTIMATORS = {
   "grpo": "group",
+  "grpo_process": "group",
   "dr_grpo": "group",
   "rloo": "group",
   "reinforce_pp": "",
@@ -43,24 +44,61 @@ class Groups(NamedTuple):
 
 
 def group_relative(
-  totals_B: jax.Array, present_B: jax.Array, groups: Groups, *, scale: bool
+  rewards: jax.Array, present: jax.Array, groups: Groups, *, scale: bool
 ) -> jax.Array:
-  """Each dialogue's reward less the mean of its group.
+  """Each reward less the mean of its group's.
 
+  rewards, present: [B], one for each dialogue, or [B, N], of which the present ones count.
   scale: divide by the group's (population) standard deviation: GRPO, DeepSeekMath, arXiv
     2402.03300, section 4.1; without it the estimator is Dr. GRPO's, arXiv 2503.20783.
 
-  Returns [B]: zero throughout a group whose rewards are equal, or of which one is present.
+  Returns the shape of `rewards`: zero where none is present, and throughout a group whose rewards
+  are equal, or of which one is present.
   """
+  rewards_BN, present_BN = (x.reshape(x.shape[0], -1) for x in (rewards, present))
   # Against the least of the group, so that equal rewards, be they sums of different parts, leave
   # no rounding for `scale` to blow up.
-  least_B = groups.min(jnp.where(present_B, totals_B, jnp.inf))
-  totals_B = jnp.where(present_B & (totals_B - least_B >= SAME), totals_B - least_B, 0.0)
-  number_B = jnp.maximum(groups.sum(present_B.astype(jnp.float32)), 1.0)
-  deviation_B = jnp.where(present_B, totals_B - groups.sum(totals_B) / number_B, 0.0)
-  if not scale:
-    return deviation_B
-  return deviation_B / (jnp.sqrt(groups.sum(deviation_B**2) / number_B) + EPSILON)
+  least_B = groups.min(jnp.min(rewards_BN, 1, where=present_BN, initial=jnp.inf))
+  above_BN = rewards_BN - least_B[:, None]
+  above_BN = jnp.where(present_BN & (above_BN >= SAME), above_BN, 0.0)
+  number_B = jnp.maximum(groups.sum(jnp.sum(present_BN, 1, dtype=jnp.float32)), 1.0)
+  mean_B = groups.sum(jnp.sum(above_BN, 1)) / number_B
+  deviation_BN = jnp.where(present_BN, above_BN - mean_B[:, None], 0.0)
+  if scale:
+    variance_B = groups.sum(jnp.sum(deviation_BN**2, 1)) / number_B
+    deviation_BN /= jnp.sqrt(variance_B)[:, None] + EPSILON
+  return deviation_BN.reshape(rewards.shape)
+
+
+def process_relative(
+  rewards_BT: jax.Array, mask_BT: jax.Array, groups: Groups, *, gamma: float
+) -> jax.Array:
+  """GRPO with process supervision: each reply's reward against those of all of its group's replies.
+
+  DeepSeekMath, arXiv 2402.03300, section 4.1.3: the rewards less their mean, over their
+  (population) standard deviation; the advantage of a token is the sum of those of its reply and of
+  the later ones. Here each later one counts `gamma` times as much as the one before it.
+
+  Returns [B, T]: zero off the mask, and throughout a group whose rewards are equal.
+  """
+  last_BT = mask_BT & ~jnp.pad(mask_BT[:, 1:], ((0, 0), (0, 1)))
+
+  def earn(total_B, token):  # the sum over the reply so far
+    reward_B, mask_B = token
+    total_B = jnp.where(mask_B, total_B + reward_B, 0.0)
+    return total_B, total_B
+
+  start = jnp.zeros(rewards_BT.shape[0])
+  earned_BT = jax.lax.scan(earn, start, (rewards_BT.T, mask_BT.T))[1].T
+  relative_BT = group_relative(earned_BT, last_BT, groups, scale=True)
+
+  def collect(later_B, token):
+    relative_B, last_B = token
+    later_B = jnp.where(last_B, relative_B + gamma * later_B, later_B)
+    return later_B, later_B
+
+  advantages_BT = jax.lax.scan(collect, start, (relative_BT.T, last_BT.T), reverse=True)[1].T
+  return jnp.where(mask_BT, advantages_BT, 0.0)
 
 
 def leave_one_out(totals_B: jax.Array, present_B: jax.Array, groups: Groups) -> jax.Array:
@@ -149,6 +187,8 @@ def estimate(
   to_come_BT, returns_BT = gae(rewards_BT, zeros_BT, mask_BT, gamma=gamma, lam=1.0)
   if estimator == "reinforce_pp":
     return whiten(to_come_BT, mask_BT), returns_BT
+  if estimator == "grpo_process":
+    return process_relative(rewards_BT, mask_BT, groups, gamma=gamma), returns_BT
   present_B = jnp.any(mask_BT, 1)
   totals_B = jnp.sum(rewards_BT, 1, where=mask_BT)
   match estimator:

@@ -11,10 +11,8 @@ On several hosts every process makes the same calls with the same arguments: wha
 here depends only on ids and on results, which are replicated.
 """
 
-import concurrent.futures
 import contextlib
 import functools
-import os
 import time
 from collections.abc import Sequence
 
@@ -26,7 +24,15 @@ from jax.sharding import Mesh
 from rlver_jax import partitioning
 from rlver_jax.models.qwen2 import Qwen2
 from rlver_jax.sampling import programs
-from rlver_jax.sampling.requests import EngineSettings, EngineStats, Request, Sample, common_length
+from rlver_jax.sampling.compiled import Call, DevicePrograms
+from rlver_jax.sampling.requests import (
+  EngineSettings,
+  EngineStats,
+  Likelihood,
+  Request,
+  Sample,
+  common_length,
+)
 from rlver_jax.sampling.sampler import Sampling
 
 
@@ -48,18 +54,19 @@ class Engine:
     choices: programs.Choices | None = None,
   ):
     self.settings, self.stats = settings, EngineStats()
-    self._mesh, self._seed, self._choices = mesh, seed % 2**32, choices
+    self._mesh, self._seed, self._scores = mesh, seed % 2**32, choices is not None
     self.model = model
     self._prefix_rows = partitioning.batch_shards(mesh)
     self._cache = self._new_cache(settings.slots)
     self._prefixes = self._new_cache(self._prefix_rows)
-    self._compiled: dict[tuple, jax.stages.Compiled] = {}
-    self._decode = functools.partial(
+    decode = functools.partial(
       programs.decode,
       steps=settings.decode_steps,
       sampling=sampling,
       stop_ids=tuple(sorted(set(stop_ids))),
     )
+    where = jax.tree.map(lambda x: x.sharding, self._cache)
+    self.programs = DevicePrograms(mesh, where, decode, choices)
 
   @property
   def model(self) -> Qwen2:
@@ -101,7 +108,7 @@ class Engine:
           for slot in slots_of[ids]:
             source[slot] = row
             self._held[slot] = list(ids)
-        self._cache = self._run("install", {}, self._cache, self._prefixes, source)
+        self._cache = self.programs.run("install", {}, self._cache, self._prefixes, source)
 
   def fits(self, ids: Sequence[int], new_tokens: int) -> bool:
     """Whether a slot can hold `ids` and that many tokens more."""
@@ -133,12 +140,16 @@ class Engine:
       limit = min(self.settings.decode_steps, int(np.max(budget - drawn)))
       # A row never draws past its budget, so its context never outgrows what `submit` checked.
       ends = rows["start"] + np.minimum(limit, budget - drawn)
-      self._cache, result = self._run(
-        "decode", {"window": self._window(ends)},
+      self._cache, result = self.programs.run(
+        "decode", {"window": self._window(ends)}, self.model,
         self._cache, rows["start"], rows["pending"], numbers, drawn, budget, greedy,
         np.int32(limit),
       )  # fmt: skip
       return self._take(programs.Drawn(*(np.asarray(x) for x in result)))
+
+  def drawn(self) -> dict[int, list[int]]:
+    """The ids drawn so far for each request that is not complete, by slot."""
+    return {slot: list(sample.ids) for slot, (_, sample) in self._jobs.items()}
 
   def score(self, contexts: dict[int, Sequence[int]]) -> dict[int, np.ndarray]:
     """Log-probability of every continuation in `choices` after each slot's context, by slot."""
@@ -149,11 +160,42 @@ class Engine:
     with self._clock():
       self._extend({slot: ids[:-1] for slot, ids in contexts.items()})
       rows = self._rows({slot: ids[-1] for slot, ids in contexts.items()})
-      window = self._window(rows["start"])
-      result = self._run("score", {"window": window}, self._cache, rows["start"], rows["pending"])
+      static = {"window": self._window(rows["start"])}
+      result = self.programs.run(
+        "score", static, self.model, self._cache, rows["start"], rows["pending"]
+      )
       self.stats.scored += len(contexts)
       logprobs = np.asarray(result)
       return {slot: logprobs[slot] for slot in contexts}
+
+  def logprobs(self, texts: dict[int, tuple[Sequence[int], int]]) -> dict[int, Likelihood]:
+    """How likely the last ids of each text are, after all that stand before them.
+
+    texts: by slot the ids, and how many of the last ones are asked for: at least one, and fewer
+      than there are. The last id itself is not read.
+    """
+    for slot, (ids, last) in texts.items():
+      self._check(slot, ids[:-1], 0)
+      if not 0 < last < len(ids):
+        raise ValueError(
+          f"slot {slot} is asked for {last} of {len(ids)} ids, expected some of them"
+        )
+    with self._clock():
+      self._extend({slot: ids[: -last - 1] for slot, (ids, last) in texts.items()})
+      found: dict[int, list] = {slot: [] for slot in texts}
+      self._cache = self._read(
+        self._cache, self._held, {slot: ids[:-1] for slot, (ids, _) in texts.items()},
+        {slot: ids[1:] for slot, (ids, _) in texts.items()}, found,
+      )  # fmt: skip
+      self.stats.scored += sum(last for _, last in texts.values())
+      return {
+        slot: Likelihood(*(np.concatenate(x) for x in zip(*parts, strict=True)))
+        for slot, parts in found.items()
+      }
+
+  def drop(self, slot: int) -> None:
+    """Ends an unfinished request; what it drew is gone."""
+    del self._jobs[slot]
 
   def take_stats(self) -> EngineStats:
     """The work done since the last call."""
@@ -204,19 +246,41 @@ class Engine:
     self.stats.extended += sum(len(ids) - len(self._held[s]) for s, ids in contexts.items())
     self._cache = self._read(self._cache, self._held, contexts)
 
-  def _read(self, cache, held: list[list[int]], contexts: dict[int, Sequence[int]]):
-    """Reads the rest of each context into its row of `cache`, and books it in `held`."""
+  def _read(
+    self,
+    cache: programs.Cache,
+    held: list[list[int]],
+    contexts: dict[int, Sequence[int]],
+    targets: dict[int, Sequence[int]] | None = None,
+    found: dict[int, list] | None = None,
+  ) -> programs.Cache:
+    """Reads the rest of each context into its row of `cache`, and books it in `held`.
+
+    With `targets`, the id after each of a context's, `found` gets what `programs.read` says of
+    those that are read, a pair of arrays at a time.
+    """
     while longest := max((len(ids) - len(held[r]) for r, ids in contexts.items()), default=0):
       bucket = self._bucket(longest)
-      tokens = np.zeros((len(held), bucket), np.int32)
+      tokens, wanted = np.zeros((2, len(held), bucket), np.int32)
       start, count = np.zeros((2, len(held)), np.int32)
       for row, ids in contexts.items():
         part = ids[len(held[row]) : len(held[row]) + bucket]
         start[row], count[row] = len(held[row]), len(part)
         tokens[row, : len(part)] = part
+        if targets is not None:
+          wanted[row, : len(part)] = targets[row][start[row] : start[row] + len(part)]
         held[row] += part
-      window = self._window(start + count)
-      cache = self._run("extend", {"window": window}, cache, tokens, start, count)
+      static = {"window": self._window(start + count)}
+      if targets is None:
+        cache = self.programs.run("extend", static, self.model, cache, tokens, start, count)
+        continue
+      cache, result = self.programs.run(
+        "read", static, self.model, cache, tokens, wanted, start, count
+      )
+      logprobs, best = (np.asarray(x) for x in result)
+      for row in contexts:
+        if count[row]:
+          found[row].append((logprobs[row, : count[row]], best[row, : count[row]]))
     return cache
 
   def _bucket(self, tokens: int) -> int:
@@ -239,37 +303,6 @@ class Engine:
     zeros = jax.jit(lambda: jnp.zeros(shape, c.dtype), out_shardings=where)
     return programs.Cache(zeros(), zeros())
 
-  def _program(self, name: str, static: dict) -> jax.stages.Wrapped:
-    functions = {
-      "extend": (programs.extend, (1,)),
-      "install": (programs.install, (0,)),
-      "decode": (self._decode, (1,)),
-      "score": (functools.partial(programs.score, choices=self._choices), ()),
-    }
-    function, donated = functions[name]
-    cache = jax.tree.map(lambda x: x.sharding, self._cache)
-    everywhere = partitioning.replicated(self._mesh)
-    out = {"decode": (cache, everywhere), "score": everywhere}.get(name, cache)
-    return jax.jit(functools.partial(function, **static), donate_argnums=donated, out_shardings=out)
-
-  def _arguments(self, name: str, arguments: tuple) -> tuple:
-    return arguments if name == "install" else (self.model, *arguments)
-
-  def _key(self, name: str, static: dict, arguments: tuple) -> tuple:
-    """What tells one compiled program from another: only `extend` has several shapes."""
-    shapes = [np.shape(x) for x in arguments[1:]] if name == "extend" else []
-    return name, *static.values(), *shapes
-
-  def _run(self, name: str, static: dict, *arguments):
-    key = self._key(name, static, arguments)
-    if key not in self._compiled:
-      self._compiled[key] = self._lower(name, static, arguments).compile()
-    return self._compiled[key](*self._arguments(name, arguments))
-
-  def _lower(self, name: str, static: dict, arguments: tuple) -> jax.stages.Lowered:
-    with partitioning.layout(self._mesh, partitioning.SAMPLING_RULES):
-      return self._program(name, static).lower(*self._arguments(name, arguments))
-
   def compile(self) -> int:
     """Compiles every program the settings allow, several at a time; returns how many."""
     slots, buckets = self.settings.slots, self.settings.extend_buckets
@@ -279,27 +312,19 @@ class Engine:
 
     rows = (self._cache, ints(slots), ints(slots))
     numbers = np.zeros((slots, 5), np.uint32)
-    wanted: list[tuple[str, dict, tuple]] = [
-      ("install", {}, (self._cache, self._prefixes, ints(slots)))
-    ]
+    wanted: list[Call] = [("install", {}, (self._cache, self._prefixes, ints(slots)))]
     for window in self.settings.windows:
       static = {"window": window}
       decode = (*rows, numbers, ints(slots), ints(slots), np.zeros(slots, bool), np.int32(0))
-      wanted.append(("decode", static, decode))
-      if self._choices is not None:
-        wanted.append(("score", static, rows))
+      wanted.append(("decode", static, (self.model, *decode)))
+      if self._scores:
+        wanted.append(("score", static, (self.model, *rows)))
       for bucket in buckets:
         for cache in (self._cache, self._prefixes):
           n = cache.k.shape[1]
-          wanted.append(("extend", static, (cache, ints(n, bucket), ints(n), ints(n))))
-
-    def build(item):
-      name, static, arguments = item
-      return self._key(name, static, arguments), self._lower(name, static, arguments).compile()
-
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-      self._compiled.update(pool.map(build, wanted))
-    return len(self._compiled)
+          arguments = (self.model, cache, ints(n, bucket), ints(n), ints(n))
+          wanted.append(("extend", static, arguments))
+    return self.programs.compile(wanted)
 
   def cache_bytes(self) -> dict[int, int]:
     """Bytes of the cache on each addressable device."""

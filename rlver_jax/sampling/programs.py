@@ -7,6 +7,7 @@ Axes as in `models/qwen2.py`, and S cache length, W attention window (W <= S, st
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,6 +29,8 @@ class Cache(NamedTuple):
   v: jax.Array
 
 
+CPU_KEY_BLOCK = 128  # keys and values that are read at a time
+READ_BLOCK = 16  # tokens of a row whose logits are alive at a time
 CACHE_AXES = ("layers", "batch", "kv_heads", "length", "head")
 
 
@@ -38,9 +41,10 @@ def _scores(q_BTHK, k_BGSK):
   return K**-0.5 * jnp.einsum("btgrk,bgsk->bgrts", q, k_BGSK, preferred_element_type=jnp.float32)
 
 
-def _window(cache_LBGSK, layer, window):
+def _positions(cache_LBGSK, layer, first, count):
+  """Positions first to first + count of one layer: [B, G, count, K]."""
   _, B, G, _, K = cache_LBGSK.shape
-  return jax.lax.dynamic_slice(cache_LBGSK, (layer, 0, 0, 0, 0), (1, B, G, window, K))[0]
+  return jax.lax.dynamic_slice(cache_LBGSK, (layer, 0, 0, first, 0), (1, B, G, count, K))[0]
 
 
 def cached_attention(start_B: jax.Array, count_B: jax.Array, window: int) -> Attention:
@@ -48,10 +52,15 @@ def cached_attention(start_B: jax.Array, count_B: jax.Array, window: int) -> Att
 
   start_B: int32, where the new tokens begin; count_B: how many of the T are real (the others
   write nothing). Every start + count must be within `window`. The model's state is the Cache.
+
+  On a CPU keys and values are read in blocks that stay in its cache, as far as the longest row
+  reaches, with a running softmax (Milakov and Gimelshein, arXiv 1805.02867).
   """
+  block = min(window, CPU_KEY_BLOCK) if jax.default_backend() == "cpu" else window
 
   def attention(q_BTHK, k_BTGK, v_BTGK, layer, cache):
-    B, T = q_BTHK.shape[:2]
+    B, T, H, K = q_BTHK.shape
+    G = k_BTGK.shape[2]
     position_BT = start_B[:, None] + jnp.arange(T)
     # A position outside the cache is dropped by the scatter.
     target_BT = jnp.where(jnp.arange(T) < count_B[:, None], position_BT, cache.k.shape[3])
@@ -59,12 +68,32 @@ def cached_attention(start_B: jax.Array, count_B: jax.Array, window: int) -> Att
     cache = Cache(
       cache.k.at[place].set(k_BTGK, mode="drop"), cache.v.at[place].set(v_BTGK, mode="drop")
     )
-    scores = _scores(q_BTHK, _window(cache.k, layer, window))
-    seen_BTW = jnp.arange(window) <= position_BT[..., None]
-    scores = jnp.where(seen_BTW[:, None, None], scores, NEGATIVE)
-    weights = jax.nn.softmax(scores, -1).astype(v_BTGK.dtype)
-    out = jnp.einsum("bgrts,bgsk->btgrk", weights, _window(cache.v, layer, window))
-    return out.reshape(q_BTHK.shape), cache
+
+    def read(i, carry):
+      """Adds the i-th block: the greatest score, the sum of weights, and the weighted values."""
+      top, total, out = carry
+      first = jnp.minimum(i * block, window - block)
+      place_S = first + jnp.arange(block)
+      # The last block may begin within the one before.
+      seen_BTS = (place_S <= position_BT[..., None]) & (place_S >= i * block)
+      scores = _scores(q_BTHK, _positions(cache.k, layer, first, block))
+      scores = jnp.where(seen_BTS[:, None, None], scores, NEGATIVE)
+      new_top = jnp.maximum(top, jnp.max(scores, -1, keepdims=True))
+      weights, kept = jnp.exp(scores - new_top), jnp.exp(top - new_top)
+      values = jnp.einsum(
+        "bgrts,bgsk->bgrtk", weights.astype(v_BTGK.dtype), _positions(cache.v, layer, first, block),
+        preferred_element_type=jnp.float32,
+      )  # fmt: skip
+      return new_top, total * kept + jnp.sum(weights, -1, keepdims=True), out * kept + values
+
+    zeros = jnp.zeros((B, G, H // G, T, 1))
+    carry = zeros + NEGATIVE, zeros, jnp.zeros((B, G, H // G, T, K))
+    if block == window:
+      _, total, out = read(0, carry)
+    else:
+      blocks = jnp.max(start_B + count_B - 1) // block + 1
+      _, total, out = jax.lax.fori_loop(0, blocks, read, carry)
+    return jnp.moveaxis(out / total, 3, 1).reshape(q_BTHK.shape).astype(q_BTHK.dtype), cache
 
   return attention
 
@@ -82,6 +111,44 @@ def extend(
   positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])
   attention = cached_attention(start_B, count_B, window)
   return model(tokens_BT, positions_BT, attention, cache)[1]
+
+
+def read(
+  model: Qwen2,
+  cache: Cache,
+  tokens_BT: jax.Array,
+  targets_BT: jax.Array,
+  start_B: jax.Array,
+  count_B: jax.Array,
+  *,
+  window: int,
+) -> tuple[Cache, tuple[jax.Array, jax.Array]]:
+  """As `extend`, and what the model thinks of the token after each one that it reads.
+
+  Returns the cache and, of each target, the log-probability (float32 [B, T], in nats) and whether
+  no token is more probable (bool [B, T]); what stands beyond a row's count means nothing.
+  """
+  T = tokens_BT.shape[1]
+  positions_BT = start_B[:, None] + jnp.arange(T)
+  attention = cached_attention(start_B, count_B, window)
+  hidden_BTD, cache = model(tokens_BT, positions_BT, attention, cache)
+  unembedding_VD = model.unembedding()
+  size = math.gcd(T, READ_BLOCK)
+
+  def block(piece):
+    hidden_BSD, targets_BS = piece
+    logits = jnp.einsum(
+      "bsd,vd->bsv", hidden_BSD, unembedding_VD, preferred_element_type=jnp.float32
+    )
+    logits = constrain(constrain(logits, "stream", "length", "vocab"), "batch", "length", "whole")
+    own = jnp.take_along_axis(logits, targets_BS[..., None], -1)[..., 0]
+    return own - jax.nn.logsumexp(logits, -1), jnp.argmax(logits, -1) == targets_BS
+
+  def blocks(x):  # [T / size, B, size, ...]
+    return jnp.moveaxis(x.reshape(x.shape[0], T // size, size, *x.shape[2:]), 1, 0)
+
+  found = jax.lax.map(block, (blocks(hidden_BTD), blocks(targets_BT)))
+  return cache, tuple(jnp.moveaxis(x, 0, 1).reshape(targets_BT.shape) for x in found)
 
 
 def install(cache: Cache, prefixes: Cache, source_B: jax.Array) -> Cache:
@@ -248,11 +315,11 @@ def score(
   def attention(q_BTHK, k_BTGK, v_BTGK, layer, state):
     k_own, v_own = jnp.swapaxes(k_BTGK, 1, 2), jnp.swapaxes(v_BTGK, 1, 2)
     seen_BW = jnp.arange(window) < start_B[:, None]
-    past = _scores(q_BTHK, _window(cache.k, layer, window))
+    past = _scores(q_BTHK, _positions(cache.k, layer, 0, window))
     past = jnp.where(seen_BW[:, None, None, None], past, NEGATIVE)
     own = jnp.where(ancestors_NN, _scores(q_BTHK, k_own), NEGATIVE)
     weights = jax.nn.softmax(jnp.concatenate([past, own], -1), -1).astype(v_BTGK.dtype)
-    values = jnp.concatenate([_window(cache.v, layer, window), v_own], 2)
+    values = jnp.concatenate([_positions(cache.v, layer, 0, window), v_own], 2)
     out = jnp.einsum("bgrts,bgsk->btgrk", weights, values)
     return out.reshape(q_BTHK.shape), state
 

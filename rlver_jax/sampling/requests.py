@@ -2,6 +2,9 @@
 
 import dataclasses
 from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,14 @@ class Sample:
   ids: list[int]
   logprobs: list[float]
   stopped: bool = False
+
+
+class Likelihood(NamedTuple):
+  """Of N ids of a text: their log-probabilities (float32 [N], in nats), and whether each is the
+  most probable one at its place (bool [N])."""
+
+  logprobs: np.ndarray
+  best: np.ndarray
 
 
 @dataclasses.dataclass

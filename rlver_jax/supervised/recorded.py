@@ -16,7 +16,7 @@ from rlver_jax.dialogue.dialogue import Plan, PolicyReply, Segment, Turn, UserMe
 from rlver_jax.dialogue.emotion import MAX_CHANGE, MIN_CHANGE
 from rlver_jax.dialogue.levels import VANILLA
 from rlver_jax.dialogue.scenario import Scenario
-from rlver_jax.dialogue.simulators.chat import UserChat, persona_ids
+from rlver_jax.dialogue.simulators.chat import UserChat, appraisal_text, persona_ids
 from rlver_jax.dialogue.templates import Templates
 from rlver_jax.json_lines import Misfit, field
 from rlver_jax.supervised.chats import trained
@@ -157,8 +157,5 @@ def _said(chat: UserChat, message: UserMessage) -> list[int]:
 
 def _appraisal(plan: Plan, templates: Templates) -> str:
   """The appraisal in its labelled lines, "" where not all of it is known."""
-  values = {name: getattr(plan, name) for name in PLAN_FIELDS}
-  if not plan.parsed or not all(values.values()):
-    return ""
-  values["change"] = str(plan.change)
-  return "\n".join(f"{label}: {values[name]}" for name, label in templates.labels.items())
+  known = plan.parsed and all(getattr(plan, name) for name in PLAN_FIELDS)
+  return appraisal_text(templates, plan) if known else ""

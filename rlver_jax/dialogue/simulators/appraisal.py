@@ -82,7 +82,8 @@ def appraise(
   """
   found = features(reply, scenario, earlier_replies, user_messages)
   intention = scenario.intention
-  change = _change(found, intention, _character(scenario), leniency)
+  character = character_type(scenario.character, scenario.language)
+  change = _change(found, intention, character, leniency)
   level = level_of(change)
   phrases = lexicon_lib.load(scenario.language).phrases
   feelings = phrases["feeling"][level]
@@ -93,6 +94,12 @@ def appraise(
     activity=phrases["activity"][intention][list(LEVELS).index(level)],
     feeling=feelings[abs(change) % len(feelings)],
   )
+
+
+def character_type(character: str, language: str) -> str:
+  """The type's English name, or "" for one that the language's lists do not know."""
+  types = lexicon_lib.load(language).phrases["characters"]
+  return next((name for name, word in types.items() if word in character.casefold()), "")
 
 
 def level_of(change: int) -> str:
@@ -254,13 +261,6 @@ def _salient(found: Features, intention: str) -> list[str]:
   first = next((name for name in names[:2] if name in found.strategies), None)
   ties = [] if first is None else ["tied" if found.strategies[first] else "general"]
   return [*names[:2], *ties] or ["generic"]
-
-
-def _character(scenario: Scenario) -> str:
-  """The character type's English name, or "" for one that the lists do not know."""
-  types = lexicon_lib.load(scenario.language).phrases["characters"]
-  character = scenario.character.casefold()
-  return next((name for name, word in types.items() if word in character), "")
 
 
 def _grams(units: list[str]) -> list[tuple[str, ...]]:

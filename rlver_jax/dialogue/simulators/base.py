@@ -15,6 +15,8 @@ class Simulator(Protocol):
   What stands below `poll` is for a simulator that is far away; one on this machine inherits it.
   """
 
+  far: bool = False  # its answers come from elsewhere, while this machine has nothing to do
+
   def start(self, step: int) -> None:
     """A new batch of dialogues begins; `step` enters the randomness."""
 

@@ -8,6 +8,7 @@ what the model will read.
 import dataclasses
 
 from rlver_jax.dialogue import emotion as emotion_lib
+from rlver_jax.dialogue.dialogue import Plan
 from rlver_jax.dialogue.scenario import Scenario
 from rlver_jax.dialogue.templates import Templates
 from rlver_jax.tokenizer import Tokenizer
@@ -36,6 +37,11 @@ def question_text(templates: Templates, section: str, emotion: int, **fields: st
   """The text of a section that asks the user, at an emotion."""
   state = emotion_lib.state(emotion)
   return templates.render(section, emotion=str(emotion), state=state, **fields)
+
+
+def appraisal_text(templates: Templates, plan: Plan) -> str:
+  """An appraisal as it is answered: a labelled line for each of its fields."""
+  return "\n".join(f"{label}: {getattr(plan, name)}" for name, label in templates.labels.items())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,8 +34,9 @@ CHECK_RETRIES, CHECK_TIMEOUT = 2, 30.0  # most of either before a run starts
 
 @dataclasses.dataclass(frozen=True)
 class RemoteSettings:
-  """The fields of the section `simulator.remote`, which explains them."""
+  """The fields of the section `remote` of `section`; configs/recipe.py explains them."""
 
+  section: str  # simulator or policy
   base_url: str
   model: str
   api_key_env: str
@@ -85,6 +86,10 @@ class CallFailed(Exception):
     self.status = status
 
 
+class Unreadable(CallFailed):
+  """The server answered as often as it was asked, with nothing that can be read."""
+
+
 class OutOfTokens(CallFailed):
   """The run's budget of tokens is spent; no call of this user's has failed."""
 
@@ -92,7 +97,7 @@ class OutOfTokens(CallFailed):
 def read_key(settings: RemoteSettings) -> str:
   """The key from the environment; UserError where there is none that a request can carry."""
   name = settings.api_key_env
-  where = f"simulator.remote.api_key_env names the environment variable {name}"
+  where = f"{settings.section}.remote.api_key_env names the environment variable {name}"
   expected = "expected the server's key (any word for a server that wants none)."
   if name not in os.environ:
     raise UserError(f"{where}, which is not set, {expected}")
@@ -159,8 +164,13 @@ class Connection:
     """Tokens spent so far."""
     return self.counts["prompt_tokens"] + self.counts["completion_tokens"]
 
-  async def chat(self, messages: list[Message], max_tokens: int, seed: int) -> Completion:
-    """The model's next message; raises CallFailed when the call is given up."""
+  async def chat(
+    self, messages: list[Message], max_tokens: int, seed: int, *, keep_thought: bool = False
+  ) -> Completion:
+    """The model's next message; raises CallFailed when the call is given up.
+
+    keep_thought: a thought that stands in the text before the message is a part of it.
+    """
 
     async def call() -> Completion:
       response = await self._client.chat.completions.create(
@@ -171,7 +181,7 @@ class Connection:
         **self._sampling,
       )
       tokens = self._count(getattr(response, "usage", None))
-      text = _text(response)
+      text = _text(response, keep_thought)
       return Completion(text, tokens, response.choices[0].finish_reason == "length")
 
     return await self._retrying(call)
@@ -222,7 +232,7 @@ class Connection:
     except CallFailed as failure:
       if failure.status is None:
         raise UserError(
-          f"simulator.remote.base_url is '{s.base_url}', where no server answers "
+          f"{s.section}.remote.base_url is '{s.base_url}', where no server answers "
           f"({failure}), expected the address of an OpenAI-compatible server."
         ) from None
       known = []  # not every server has such a list
@@ -233,19 +243,19 @@ class Connection:
     except CallFailed as failure:
       if failure.status in (401, 403):
         raise UserError(
-          f"simulator.remote.api_key_env names the environment variable {s.api_key_env}, whose key "
-          f"the server at {s.base_url} refuses ({failure}), expected one that it takes."
+          f"{s.section}.remote.api_key_env names the environment variable {s.api_key_env}, whose "
+          f"key the server at {s.base_url} refuses ({failure}), expected one that it takes."
         ) from None
       if failure.status in (400, 404, 422):
         some = f" (it lists {', '.join(sorted(known)[:5])})" if known else ""
         raise UserError(
-          f"simulator.remote.model is '{s.model}', which the server at {s.base_url} does not serve "
-          f"({failure}), expected one of its models{some}."
+          f"{s.section}.remote.model is '{s.model}', which the server at {s.base_url} does not "
+          f"serve ({failure}), expected one of its models{some}."
         ) from None
       if failure.status != 429:  # busy, but there
         raise UserError(
-          f"simulator.remote.base_url is '{s.base_url}', where a short question fails ({failure}), "
-          "expected a server that answers it."
+          f"{s.section}.remote.base_url is '{s.base_url}', where a short question fails "
+          f"({failure}), expected a server that answers it."
         ) from None
 
   async def _models(self) -> list[str]:
@@ -270,10 +280,10 @@ def check(settings: RemoteSettings, sampling: RemoteSampling) -> None:
     connection.close()
 
 
-def _text(response: Any) -> str:
+def _text(response: Any, keep_thought: bool) -> str:
   """The text of a chat completion, "" where the model wrote none; ValueError for anything else.
 
-  A thought before it, which some servers leave in the text, is nobody's to read.
+  A thought before it, which some servers leave in the text, is nobody's to read, unless asked for.
   """
   try:
     text = response.choices[0].message.content
@@ -281,7 +291,9 @@ def _text(response: Any) -> str:
     raise ValueError("no chat completion") from error
   if text is not None and not isinstance(text, str):
     raise ValueError("no chat completion")
-  text = _THOUGHT.sub("", text or "")
+  text = text or ""
+  if not keep_thought:
+    text = _THOUGHT.sub("", text)
   # Lone surrogates, which JSON can spell, would fail wherever the text is written.
   return text.encode("utf-8", "replace").decode("utf-8").strip()
 

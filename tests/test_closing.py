@@ -5,7 +5,7 @@ import json
 import pytest
 import runs
 
-from rlver_jax import metrics, report
+from rlver_jax import closing, metrics
 from rlver_jax.dialogue import records
 from rlver_jax.dialogue.dialogue import Dialogue, Failed, Plan, PolicyReply, Rules, UserMessage
 from rlver_jax.sources import open_sources
@@ -57,7 +57,7 @@ def write(workdir, sources, name, *changes, **how):
 
 def summary(settings, sources, workdir):
   """The summary of a run that has just ended."""
-  return SUMMARY | report.write(settings, sources, workdir)
+  return SUMMARY | closing.write(settings, sources, workdir)
 
 
 LISTEN = "I'm listening, take your time, {} of {}."
@@ -75,7 +75,7 @@ def workdir(tmp_path, sources):
 
 
 def test_the_table_and_the_changes(workdir, settings, sources):
-  text = report.describe(summary(settings, sources, workdir), settings, sources, workdir)
+  text = closing.describe(summary(settings, sources, workdir), settings, sources, workdir)
   table = text.split("\n\n")[1].splitlines()
   assert table[0] == "4 held-out scenarios, before -> after training:"
   head, model, scripted = (line.split("  ") for line in table[1:4])
@@ -105,7 +105,7 @@ def test_the_table_and_the_changes(workdir, settings, sources):
 
 
 def test_the_dialogues_of_the_median_scenario_stand_side_by_side(workdir, settings, sources):
-  text = report.describe(summary(settings, sources, workdir), settings, sources, workdir)
+  text = closing.describe(summary(settings, sources, workdir), settings, sources, workdir)
   shown = text.split("\n\n", 2)[2].splitlines()
   assert shown[0] == (
     "Scenario held-en-listen-01 before and after, judged by language model: its change of emotion, "
@@ -122,7 +122,7 @@ def test_the_dialogues_of_the_median_scenario_stand_side_by_side(workdir, settin
 
 
 def test_what_is_written_is_what_the_summary_gets(workdir, settings, sources):
-  found = report.write(settings, sources, workdir)["report"]
+  found = closing.write(settings, sources, workdir)["report"]
   assert found["curves"] == str(workdir / "curves.png")
   assert found["evaluation"] == str(workdir / "evaluation.json")
   assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -138,10 +138,10 @@ def test_a_run_without_held_out_scenarios_has_curves_alone(tmp_path):
   settings = runs.config()
   (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
   sources = open_sources(settings)
-  assert report.write(settings, sources, tmp_path) == {
+  assert closing.write(settings, sources, tmp_path) == {
     "report": {"curves": str(tmp_path / "curves.png")}
   }
   found = summary(settings, sources, tmp_path)
-  assert report.describe(found, settings, sources, tmp_path) == (
+  assert closing.describe(found, settings, sources, tmp_path) == (
     f"{metrics.format_summary(SUMMARY)}\n\ncurves: {tmp_path / 'curves.png'}"
   )

@@ -1,0 +1,1 @@
+"""Partners of a dialogue that are models behind an OpenAI-compatible server."""

@@ -1,0 +1,1 @@
+"""Runs and benchmarks as one HTML page: read, counted, and written."""

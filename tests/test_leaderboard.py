@@ -1,0 +1,135 @@
+"""The leaderboard's command: tables in three forms, and what it does with broken files."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import runs
+from test_transcripts import RECORD, changed, lines
+
+
+def run(*words):
+  command = [sys.executable, "-m", "rlver_jax.leaderboard", *map(str, words)]
+  return subprocess.run(
+    command, cwd=runs.REPOSITORY, capture_output=True, text=True, check=False, timeout=120
+  )
+
+
+@pytest.fixture
+def files(tmp_path):
+  """A better and a worse model on four scenarios."""
+  low, high = changed(), changed(history__4__point=36, emo_point=36, emo_state="Emotion-C")
+  high["history"][4]["planning"]["change"] = 0
+  return [
+    lines(tmp_path / f"{name}_result.jsonl", *(record | {"id": f"s{i}"} for i in range(4)))
+    for name, record in (("worse", high), ("better", low))
+  ]
+
+
+def test_text_has_the_best_first_and_compares_it(files):
+  done = run(*files)
+  assert done.returncode == 0 and not done.stderr
+  board, comparison = done.stdout.split("\n\n")
+  assert [line.split()[:3] for line in board.splitlines()[1:]] == [
+    ["better", "4", "44.0"], ["worse", "4", "36.0"],
+  ]  # fmt: skip
+  assert comparison.splitlines()[0].startswith("better against")
+  # 2 of the 2^4 ways of swapping differ as much.
+  cells = ["worse", "4", "+8.0", "+8.0", "to", "+8.0", "0.1250"]
+  assert comparison.splitlines()[1].split() == cells
+
+
+def test_csv_and_markdown_have_the_same_cells(files):
+  found = {form: run(files[0], f"--format={form}", "--by=need") for form in ("csv", "markdown")}
+  rows = list(csv.reader(io.StringIO(found["csv"].stdout)))
+  assert rows[0][:6] == ["model", "need", "dialogues", "score", "95% low", "95% high"]
+  assert [row[1] for row in rows[1:]] == ["all", "emotional"]
+  marked = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in found["markdown"].stdout.splitlines()
+  ]
+  joined = [[*row[:4], " to ".join(row[4:6]), *row[6:]] for row in rows]
+  assert marked[2:] == joined[1:] and set(marked[1]) == {"---", "---:"}
+  assert marked[0] == [*rows[0][:4], "95% interval", *rows[0][6:]]
+
+
+def test_csv_is_one_table(files):
+  models = run(*files, "--format=csv").stdout.splitlines()
+  assert len(models) == 3 and {line.count(",") for line in models} == {8}
+  differences = run(*files, "--format=csv", "--table=differences").stdout.splitlines()
+  assert differences[1] == "worse,4,+8.0,+8.0,+8.0,0.1250"
+  assert run(files[0], "--table=differences").returncode == 2
+
+
+def test_a_broken_record_is_named_and_counted_around_only_when_asked(tmp_path):
+  path = lines(tmp_path / "a.jsonl", RECORD, changed(id="b", emo_point=50), changed(id="c"))
+  done = run(path)
+  assert done.returncode == 2 and not done.stdout
+  first, *_, last = done.stderr.splitlines()
+  assert first == (
+    f"{path}, line 2: found 50 as 'emo_point', expected 44, the emotion after the last change."
+  )
+  assert "the files have 1 that cannot be counted" in last and "Traceback" not in done.stderr
+  done = run(path, "--skip_broken")
+  assert done.returncode == 0 and done.stdout.splitlines()[1].split()[:3] == ["a", "2", "44.0"]
+  assert first in done.stderr and "broken records: 1 of 3." in done.stderr
+
+
+def test_a_file_without_records_is_named_and_counted_around_only_when_asked(tmp_path):
+  good, empty = lines(tmp_path / "a.jsonl", RECORD), tmp_path / "empty.jsonl"
+  empty.write_bytes(b"")
+  assert run(good, empty).returncode == 2
+  done = run(good, empty, "--skip_broken")
+  assert done.returncode == 0 and done.stdout.splitlines()[1].startswith("a ")
+  assert "empty.jsonl: no record" in done.stderr
+
+
+def test_a_terminal_that_cannot_show_a_character_gets_the_rest(tmp_path, monkeypatch):
+  path = lines(tmp_path / "a.jsonl", changed(character="悲\nob|c"))
+  monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+  done = run(path, "--by=character", "--format=markdown")
+  assert done.returncode == 0 and "| ? ob\\|c |" in done.stdout
+
+
+def test_scenarios_are_checked(tmp_path):
+  path = lines(tmp_path / "a.jsonl", RECORD)
+  done = run(path, "--scenarios=en")
+  assert done.returncode == 2 and "the id 'bike', expected one of the 64 scenarios" in done.stderr
+
+
+@pytest.mark.parametrize(
+  ("words", "said"),
+  [
+    ([], "names no file"),
+    (["{a}", "{a}"], "names a file twice"),
+    (["/none.jsonl"], "/none.jsonl cannot be read"),
+    (["{a}", "{folder}/./a.jsonl"], "names a file twice"),
+    (["{empty}"], "the files have 1 that cannot be counted"),
+    (["{bad}", "{empty}", "--skip_broken"], "no file has a record that can be counted"),
+    (["{a}", "--by=colour"], "colour"),
+  ],
+)
+def test_a_mistake_is_one_sentence(tmp_path, words, said):
+  paths = {
+    "a": lines(tmp_path / "a.jsonl", RECORD), "empty": tmp_path / "empty.jsonl",
+    "bad": lines(tmp_path / "bad.jsonl", b"?"), "folder": tmp_path,
+  }  # fmt: skip
+  paths["empty"].write_bytes(b"")
+  done = run(*(word.format(**paths) for word in words))
+  assert done.returncode == 2 and said in done.stderr.splitlines()[-1]
+  assert "Traceback" not in done.stderr and not done.stdout
+
+
+def test_files_of_one_name_are_told_apart_by_their_paths(tmp_path):
+  paths = []
+  for folder in ("one", "two"):
+    (tmp_path / folder).mkdir()
+    paths.append(lines(tmp_path / folder / "a.jsonl", RECORD))
+  done = run(*paths, "--format=csv")
+  assert done.returncode == 0
+  assert {json.dumps(row.split(",")[0]) for row in done.stdout.splitlines()[1:3]} == {
+    json.dumps(str(path)) for path in paths
+  }
