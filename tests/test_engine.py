@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rlver_jax.metrics import CompileCounter
-from rlver_jax.sampling import programs
+from rlver_jax.sampling import cache
+from rlver_jax.sampling.choices import Choices
 from rlver_jax.sampling.engine import Engine
 from rlver_jax.sampling.requests import EngineSettings, Request
 from rlver_jax.sampling.sampler import Sampling
@@ -26,7 +27,7 @@ INTEGERS = [
 
 def make_engine(model, settings=SETTINGS, sampling=None, seed=SEED):
   sampling = sampling or Sampling(temperature=TEMPERATURE)
-  choices = programs.choices(INTEGERS)
+  choices = Choices.of(INTEGERS)
   return Engine(model, builders.mesh(), settings, sampling, STOPS, seed, choices)
 
 
@@ -53,7 +54,7 @@ def smaller(model):
   """Reads its cache in blocks of a length that does not divide the window."""
   engine = make_engine(model, SMALLER)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(programs, "CPU_KEY_BLOCK", 28)
+    patch.setattr(cache, "CPU_KEY_BLOCK", 28)
     engine.compile()
   return engine
 
@@ -427,7 +428,7 @@ def test_choices_are_a_trie(seed):
   found = {tuple(random.integers(0, 3, random.integers(1, 6)).tolist()) for _ in range(40)}
   lists = sorted(c for c in found if not any(c != o and o[: len(c)] == c for o in found))
   random.shuffle(lists)
-  trie = programs.choices(lists)
+  trie = Choices.of(lists)
   proper = {c[:n] for c in lists for n in range(len(c))}
   beginnings = {c[:n] for c in lists for n in range(1, len(c) + 1)}
   assert len(trie.node_tokens) == len(trie.depths) == len(proper)
@@ -452,7 +453,7 @@ def test_choices_are_a_trie(seed):
 
 
 def test_the_integers_share_what_they_begin_with():
-  trie = programs.choices(INTEGERS)
+  trie = Choices.of(INTEGERS)
   # Read: the pending token, minus, 0..9 and 10, and -1..-9 and -10.
   assert len(trie.node_tokens) == 1 + 1 + 11 + 10
   assert len(trie.edge_tokens) == 22 + 21  # the same but the pending one, and 21 ends
@@ -464,7 +465,7 @@ def test_the_integers_share_what_they_begin_with():
 )
 def test_choices_that_begin_one_another_are_refused(lists):
   with pytest.raises(ValueError, match="none may be empty or begin another"):
-    programs.choices(lists)
+    Choices.of(lists)
 
 
 @pytest.mark.parametrize("settings", (SETTINGS, SMALLER), ids=("windows", "buckets"))

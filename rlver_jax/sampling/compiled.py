@@ -10,7 +10,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlver_jax import partitioning
+from rlver_jax.models.qwen2 import Qwen2
 from rlver_jax.sampling import programs
+from rlver_jax.sampling.cache import Cache
+from rlver_jax.sampling.choices import Choices
+from rlver_jax.sampling.requests import EngineSettings
 
 Call = tuple[str, dict, tuple]  # a program's name, its static arguments, and the others
 
@@ -24,9 +28,9 @@ class DevicePrograms:
   def __init__(
     self,
     mesh: Mesh,
-    where: programs.Cache,
+    where: Cache,
     decode: Callable,
-    choices: programs.Choices | None,
+    choices: Choices | None,
   ):
     self._mesh, self._where = mesh, where
     self._functions = {  # and which argument is donated
@@ -70,3 +74,32 @@ class DevicePrograms:
     )
     with partitioning.layout(self._mesh, partitioning.SAMPLING_RULES):
       return program.lower(*arguments)
+
+
+def calls(
+  settings: EngineSettings, model: Qwen2, cache: Cache, prefixes: Cache, scores: bool
+) -> list[Call]:
+  """Every call that an engine of these settings makes, but those of `Engine.logprobs`.
+
+  prefixes: the cache of what several slots share; scores: whether continuations are compared.
+  """
+  slots = settings.slots
+
+  def ints(*shape):
+    return np.zeros(shape, np.int32)
+
+  rows = (cache, ints(slots), ints(slots))
+  numbers = np.zeros((slots, 5), np.uint32)
+  found: list[Call] = [("install", {}, (cache, prefixes, ints(slots)))]
+  for window in settings.windows:
+    static = {"window": window}
+    decode = (*rows, numbers, ints(slots), ints(slots), np.zeros(slots, bool), np.int32(0))
+    found.append(("decode", static, (model, *decode)))
+    if scores:
+      found.append(("score", static, (model, *rows)))
+    for bucket in settings.extend_buckets:
+      for read in (cache, prefixes):
+        n = read.k.shape[1]
+        arguments = (model, read, ints(n, bucket), ints(n), ints(n))
+        found.append(("extend", static, arguments))
+  return found

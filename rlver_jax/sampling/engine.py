@@ -24,7 +24,9 @@ from jax.sharding import Mesh
 from rlver_jax import partitioning
 from rlver_jax.models.qwen2 import Qwen2
 from rlver_jax.sampling import programs
-from rlver_jax.sampling.compiled import Call, DevicePrograms
+from rlver_jax.sampling.cache import CACHE_AXES, Cache
+from rlver_jax.sampling.choices import Choices
+from rlver_jax.sampling.compiled import DevicePrograms, calls
 from rlver_jax.sampling.requests import (
   EngineSettings,
   EngineStats,
@@ -51,7 +53,7 @@ class Engine:
     sampling: Sampling,
     stop_ids: Sequence[int],
     seed: int,
-    choices: programs.Choices | None = None,
+    choices: Choices | None = None,
   ):
     self.settings, self.stats = settings, EngineStats()
     self._mesh, self._seed, self._scores = mesh, seed % 2**32, choices is not None
@@ -248,12 +250,12 @@ class Engine:
 
   def _read(
     self,
-    cache: programs.Cache,
+    cache: Cache,
     held: list[list[int]],
     contexts: dict[int, Sequence[int]],
     targets: dict[int, Sequence[int]] | None = None,
     found: dict[int, list] | None = None,
-  ) -> programs.Cache:
+  ) -> Cache:
     """Reads the rest of each context into its row of `cache`, and books it in `held`.
 
     With `targets`, the id after each of a context's, `found` gets what `programs.read` says of
@@ -295,36 +297,19 @@ class Engine:
 
   # Device programs.
 
-  def _new_cache(self, rows: int) -> programs.Cache:
+  def _new_cache(self, rows: int) -> Cache:
     c = self.model.config
     shape = (c.num_hidden_layers, rows, c.num_key_value_heads, self.settings.cache_length)
     shape += (c.head_dim,)
-    where = partitioning.sharding(self._mesh, shape, programs.CACHE_AXES)
+    where = partitioning.sharding(self._mesh, shape, CACHE_AXES)
     zeros = jax.jit(lambda: jnp.zeros(shape, c.dtype), out_shardings=where)
-    return programs.Cache(zeros(), zeros())
+    return Cache(zeros(), zeros())
 
   def compile(self) -> int:
     """Compiles every program the settings allow, several at a time; returns how many."""
-    slots, buckets = self.settings.slots, self.settings.extend_buckets
-
-    def ints(*shape):
-      return np.zeros(shape, np.int32)
-
-    rows = (self._cache, ints(slots), ints(slots))
-    numbers = np.zeros((slots, 5), np.uint32)
-    wanted: list[Call] = [("install", {}, (self._cache, self._prefixes, ints(slots)))]
-    for window in self.settings.windows:
-      static = {"window": window}
-      decode = (*rows, numbers, ints(slots), ints(slots), np.zeros(slots, bool), np.int32(0))
-      wanted.append(("decode", static, (self.model, *decode)))
-      if self._scores:
-        wanted.append(("score", static, (self.model, *rows)))
-      for bucket in buckets:
-        for cache in (self._cache, self._prefixes):
-          n = cache.k.shape[1]
-          arguments = (self.model, cache, ints(n, bucket), ints(n), ints(n))
-          wanted.append(("extend", static, arguments))
-    return self.programs.compile(wanted)
+    return self.programs.compile(
+      calls(self.settings, self.model, self._cache, self._prefixes, self._scores)
+    )
 
   def cache_bytes(self) -> dict[int, int]:
     """Bytes of the cache on each addressable device."""

@@ -1,14 +1,9 @@
 """The jitted programs of the sampling engine, as pure functions on a key/value cache.
 
-Row b of every array is slot b of the cache. Row b holds `start_B[b]` tokens that count; what
-lies beyond is forgotten and will be overwritten, so setting a length back is a rewind.
-
-Axes as in `models/qwen2.py`, and S cache length, W attention window (W <= S, static).
+Rows and axes are those of `cache.py`.
 """
 
-import dataclasses
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,85 +12,13 @@ import numpy as np
 
 from rlver_jax.models.attention import NEGATIVE
 from rlver_jax.models.logprobs import token_logprobs
-from rlver_jax.models.qwen2 import Attention, Qwen2
+from rlver_jax.models.qwen2 import Qwen2
 from rlver_jax.partitioning import constrain
+from rlver_jax.sampling.cache import Cache, cached_attention, positions, scores
+from rlver_jax.sampling.choices import Choices
 from rlver_jax.sampling.sampler import Sampling, draw, row_key
 
-
-class Cache(NamedTuple):
-  """Keys and values of every slot, each [L, B, G, S, K]."""
-
-  k: jax.Array
-  v: jax.Array
-
-
-CPU_KEY_BLOCK = 128  # keys and values that are read at a time
 READ_BLOCK = 16  # tokens of a row whose logits are alive at a time
-CACHE_AXES = ("layers", "batch", "kv_heads", "length", "head")
-
-
-def _scores(q_BTHK, k_BGSK):
-  B, T, H, K = q_BTHK.shape
-  G = k_BGSK.shape[1]
-  q = q_BTHK.reshape(B, T, G, H // G, K)
-  return K**-0.5 * jnp.einsum("btgrk,bgsk->bgrts", q, k_BGSK, preferred_element_type=jnp.float32)
-
-
-def _positions(cache_LBGSK, layer, first, count):
-  """Positions first to first + count of one layer: [B, G, count, K]."""
-  _, B, G, _, K = cache_LBGSK.shape
-  return jax.lax.dynamic_slice(cache_LBGSK, (layer, 0, 0, first, 0), (1, B, G, count, K))[0]
-
-
-def cached_attention(start_B: jax.Array, count_B: jax.Array, window: int) -> Attention:
-  """Attention of T new tokens a row to the row's cache, into which they are written first.
-
-  start_B: int32, where the new tokens begin; count_B: how many of the T are real (the others
-  write nothing). Every start + count must be within `window`. The model's state is the Cache.
-
-  On a CPU keys and values are read in blocks that stay in its cache, as far as the longest row
-  reaches, with a running softmax (Milakov and Gimelshein, arXiv 1805.02867).
-  """
-  block = min(window, CPU_KEY_BLOCK) if jax.default_backend() == "cpu" else window
-
-  def attention(q_BTHK, k_BTGK, v_BTGK, layer, cache):
-    B, T, H, K = q_BTHK.shape
-    G = k_BTGK.shape[2]
-    position_BT = start_B[:, None] + jnp.arange(T)
-    # A position outside the cache is dropped by the scatter.
-    target_BT = jnp.where(jnp.arange(T) < count_B[:, None], position_BT, cache.k.shape[3])
-    place = (layer, jnp.arange(B)[:, None], slice(None), target_BT)
-    cache = Cache(
-      cache.k.at[place].set(k_BTGK, mode="drop"), cache.v.at[place].set(v_BTGK, mode="drop")
-    )
-
-    def read(i, carry):
-      """Adds the i-th block: the greatest score, the sum of weights, and the weighted values."""
-      top, total, out = carry
-      first = jnp.minimum(i * block, window - block)
-      place_S = first + jnp.arange(block)
-      # The last block may begin within the one before.
-      seen_BTS = (place_S <= position_BT[..., None]) & (place_S >= i * block)
-      scores = _scores(q_BTHK, _positions(cache.k, layer, first, block))
-      scores = jnp.where(seen_BTS[:, None, None], scores, NEGATIVE)
-      new_top = jnp.maximum(top, jnp.max(scores, -1, keepdims=True))
-      weights, kept = jnp.exp(scores - new_top), jnp.exp(top - new_top)
-      values = jnp.einsum(
-        "bgrts,bgsk->bgrtk", weights.astype(v_BTGK.dtype), _positions(cache.v, layer, first, block),
-        preferred_element_type=jnp.float32,
-      )  # fmt: skip
-      return new_top, total * kept + jnp.sum(weights, -1, keepdims=True), out * kept + values
-
-    zeros = jnp.zeros((B, G, H // G, T, 1))
-    carry = zeros + NEGATIVE, zeros, jnp.zeros((B, G, H // G, T, K))
-    if block == window:
-      _, total, out = read(0, carry)
-    else:
-      blocks = jnp.max(start_B + count_B - 1) // block + 1
-      _, total, out = jax.lax.fori_loop(0, blocks, read, carry)
-    return jnp.moveaxis(out / total, 3, 1).reshape(q_BTHK.shape).astype(q_BTHK.dtype), cache
-
-  return attention
 
 
 def extend(
@@ -256,47 +179,6 @@ def decode(
   return state["cache"], Drawn(state["tokens"], state["logprobs"], state["stopped"])
 
 
-@dataclasses.dataclass(frozen=True)
-class Choices:
-  """A list of continuations as a trie, so that what they share is read once.
-
-  Node 0 is the pending token of a row; the others are the inner nodes of the trie (a leaf is
-  never read: only its probability is wanted). Edge e leads from node `parents[e]` to the token
-  `edge_tokens[e]`. `member[c][e]` tells whether continuation c uses edge e.
-  """
-
-  node_tokens: tuple[int, ...]
-  depths: tuple[int, ...]
-  ancestors: tuple[tuple[bool, ...], ...]  # [node][node]: is the second the first or above it
-  parents: tuple[int, ...]
-  edge_tokens: tuple[int, ...]
-  member: tuple[tuple[bool, ...], ...]
-
-
-def choices(continuations: Sequence[Sequence[int]]) -> Choices:
-  """The trie of token-id lists, none of which may be empty or a prefix of another."""
-  nodes: dict[tuple[int, ...], int] = {(): 0}
-  edges: dict[tuple[int, ...], int] = {}
-  for continuation in continuations:
-    for end in range(1, len(continuation) + 1):
-      path = tuple(continuation[:end])
-      edges.setdefault(path, len(edges))
-      if end < len(continuation):
-        nodes.setdefault(path, len(nodes))
-  leaves = [tuple(c) for c in continuations]
-  if len(set(leaves)) < len(leaves) or any(not leaf or leaf in nodes for leaf in leaves):
-    raise ValueError("continuations must differ, and none may be empty or begin another one")
-  paths = list(nodes)
-  return Choices(
-    node_tokens=tuple(path[-1] if path else 0 for path in paths),
-    depths=tuple(len(path) for path in paths),
-    ancestors=tuple(tuple(a[: len(b)] == b for b in paths) for a in paths),
-    parents=tuple(nodes[path[:-1]] for path in edges),
-    edge_tokens=tuple(path[-1] for path in edges),
-    member=tuple(tuple(leaf[: len(path)] == path for path in edges) for leaf in leaves),
-  )
-
-
 def score(
   model: Qwen2,
   cache: Cache,
@@ -315,11 +197,11 @@ def score(
   def attention(q_BTHK, k_BTGK, v_BTGK, layer, state):
     k_own, v_own = jnp.swapaxes(k_BTGK, 1, 2), jnp.swapaxes(v_BTGK, 1, 2)
     seen_BW = jnp.arange(window) < start_B[:, None]
-    past = _scores(q_BTHK, _positions(cache.k, layer, 0, window))
+    past = scores(q_BTHK, positions(cache.k, layer, 0, window))
     past = jnp.where(seen_BW[:, None, None, None], past, NEGATIVE)
-    own = jnp.where(ancestors_NN, _scores(q_BTHK, k_own), NEGATIVE)
+    own = jnp.where(ancestors_NN, scores(q_BTHK, k_own), NEGATIVE)
     weights = jax.nn.softmax(jnp.concatenate([past, own], -1), -1).astype(v_BTGK.dtype)
-    values = jnp.concatenate([_positions(cache.v, layer, 0, window), v_own], 2)
+    values = jnp.concatenate([positions(cache.v, layer, 0, window), v_own], 2)
     out = jnp.einsum("bgrts,bgsk->btgrk", weights, values)
     return out.reshape(q_BTHK.shape), state
 

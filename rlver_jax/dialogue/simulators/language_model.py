@@ -24,7 +24,7 @@ from rlver_jax.dialogue.simulators.base import Simulator
 from rlver_jax.dialogue.simulators.chat import SILENCE, UserChat, persona_ids
 from rlver_jax.dialogue.templates import PLAN_FIELDS, Templates
 from rlver_jax.errors import UserError
-from rlver_jax.sampling import programs
+from rlver_jax.sampling.choices import Choices
 from rlver_jax.sampling.engine import Engine
 from rlver_jax.sampling.requests import Request, Sample
 from rlver_jax.tokenizer import Tokenizer
@@ -47,10 +47,10 @@ class SimulatorSettings:
   reparse: int
 
 
-def change_choices(tokenizer: Tokenizer) -> programs.Choices:
+def change_choices(tokenizer: Tokenizer) -> Choices:
   """The integers -10..10, each ended as a message is ended, so that none begins another."""
   end = tokenizer.chat.assistant_end[0]
-  return programs.choices([[*tokenizer.encode(str(change)), end] for change in CHANGES])
+  return Choices.of([[*tokenizer.encode(str(change)), end] for change in CHANGES])
 
 
 def check_room(

@@ -29,7 +29,7 @@ from rlver_jax.evaluation.judges.base import (
   Verdict,
 )
 from rlver_jax.evaluation.judges.rubrics import Rubrics, read_aloud
-from rlver_jax.sampling import programs
+from rlver_jax.sampling.choices import Choices
 from rlver_jax.sampling.engine import Engine
 from rlver_jax.sampling.requests import Request, Sample
 from rlver_jax.tokenizer import Tokenizer
@@ -39,10 +39,10 @@ NUMBERS = tuple(str(number) for number in range(LEAST, MOST + 1))
 ANSWERS = (*NUMBERS, *NAMES)
 
 
-def answer_choices(tokenizer: Tokenizer) -> programs.Choices:
+def answer_choices(tokenizer: Tokenizer) -> Choices:
   """ANSWERS, each ended as a message is ended, so that none begins another."""
   end = tokenizer.chat.assistant_end[0]
-  return programs.choices([[*tokenizer.encode(answer), end] for answer in ANSWERS])
+  return Choices.of([[*tokenizer.encode(answer), end] for answer in ANSWERS])
 
 
 class _Choose(NamedTuple):
