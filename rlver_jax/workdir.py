@@ -18,8 +18,8 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 import jax
 from ml_collections import ConfigDict
@@ -121,6 +121,39 @@ def write_spent(path: pathlib.Path, spent: dict[str, int]) -> None:
   """Keeps what the run has spent, whatever becomes of its steps; nothing where that is nothing."""
   if spent and jax.process_index() == 0:
     write_json(path / SPENT_FILE, spent)
+
+
+class Spender(Protocol):
+  """Who works behind a server, or may."""
+
+  def spent(self) -> dict[str, int]: ...
+
+  def resume(self, spent: dict[str, int]) -> None: ...
+
+  def close(self) -> None: ...
+
+
+@contextlib.contextmanager
+def accounted(path: pathlib.Path, spenders: Mapping[str, Spender]) -> Iterator[None]:
+  """Around the work of an evaluation: each goes on from what it has spent in earlier starts; what
+  it has at the end, whatever ends it, is kept, and it is closed.
+
+  spenders: by what stands before the names of what they spend.
+  """
+  before = read_spent(path)
+  for prefix, spender in spenders.items():
+    names = [name for name in spender.spent() if prefix + name in before]
+    spender.resume({name: before[prefix + name] for name in names})
+  try:
+    yield
+  finally:
+    after = {
+      f"{p}{name}": n for p, spender in spenders.items() for name, n in spender.spent().items()
+    }
+    with contextlib.suppress(OSError):  # a disk that is full is reported by what it stopped
+      write_spent(path, after)
+    for spender in spenders.values():
+      spender.close()
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ The same command goes on with the scenarios that have no line yet, or one of a d
 partner failed. Dialogues that ended for lack of room are counted, and told of.
 """
 
-import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Sequence
@@ -127,10 +126,6 @@ def _play(
     if (engine := getattr(player, "engine", None)) is not None:
       engine.compile()
   remote = {"": simulator} | ({_POLICYS: policy} if config.policy.kind == "openai" else {})
-  spent = workdir_lib.read_spent(workdir)
-  for prefix, player in remote.items():
-    own = {name: spent[prefix + name] for name in player.spent() if prefix + name in spent}
-    player.resume(own)
   played = 0
 
   def keep(dialogue: Dialogue) -> None:
@@ -150,7 +145,7 @@ def _play(
         f"{len(dialogue.replies)} replies, emotion {dialogue.emotion} ({dialogue.end})"
       )
 
-  try:
+  with workdir_lib.accounted(workdir, remote):
     rollout.play(
       policy,
       simulator,
@@ -160,12 +155,6 @@ def _play(
       on_round=interrupts.check,
       on_end=keep,
     )
-  finally:
-    spent = {f"{p}{name}": n for p, player in remote.items() for name, n in player.spent().items()}
-    with contextlib.suppress(OSError):  # a disk that is full is reported by what it stopped
-      workdir_lib.write_spent(workdir, spent)
-    for player in remote.values():
-      player.close()
 
 
 def _build_policy(

@@ -15,7 +15,6 @@ The same command goes on with the dialogues that have no line yet, among them th
 judge's server failed.
 """
 
-import contextlib
 import dataclasses
 import pathlib
 from typing import Any
@@ -90,13 +89,8 @@ def run(
     if processes.is_first():
       print(f"{len(waiting)} of {len(sources.dialogues)} dialogues to judge.", flush=True)
     judge = _build_judge(config, sources)
-    judge.resume(workdir_lib.read_spent(workdir))
-    try:
+    with workdir_lib.accounted(workdir, {"": judge}):
       _judge(judge, waiting, build.slots(config, sources.mesh), workdir, interrupts)
-    finally:
-      with contextlib.suppress(OSError):  # a disk that is full is reported by what it stopped
-        workdir_lib.write_spent(workdir, judge.spent())
-      judge.close()
   return _write(workdir, sources) if processes.is_first() else {}
 
 

@@ -12,7 +12,6 @@ The same command goes on with the dialogues that have no line yet, among them th
 simulated user's server failed.
 """
 
-import contextlib
 import dataclasses
 import math
 import pathlib
@@ -102,13 +101,8 @@ def run(
     simulator = build.build_simulator(config, sources)
     if (engine := getattr(simulator, "engine", None)) is not None:
       engine.compile()
-    simulator.resume(workdir_lib.read_spent(workdir))
-    try:
+    with workdir_lib.accounted(workdir, {"": simulator}):
       _replay(simulator, waiting, build.slots(config, sources.mesh), workdir, interrupts)
-    finally:
-      with contextlib.suppress(OSError):  # a disk that is full is reported by what it stopped
-        workdir_lib.write_spent(workdir, simulator.spent())
-      simulator.close()
   if not processes.is_first():
     return {}
   found = _found(workdir, sources)
