@@ -59,9 +59,10 @@ def train(
     f"--workdir={folder}", f"--config.dialogue.mode={mode}", f"--config.seed={seed}", *flags,
   ]  # fmt: skip
   shutil.rmtree(folder, ignore_errors=True)
-  folder.mkdir(parents=True)
+  folder.parent.mkdir(parents=True, exist_ok=True)
   started = time.perf_counter()
-  with open(folder / "output.txt", "w", encoding="utf-8") as output:
+  # Beside the folder: a run begins in an empty one.
+  with open(folder.with_name(f"{folder.name}.txt"), "w", encoding="utf-8") as output:
     process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     _, status, usage = os.wait4(process.pid, 0)  # the memory of this process alone
   process.returncode = os.waitstatus_to_exitcode(status)

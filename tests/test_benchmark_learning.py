@@ -1,6 +1,9 @@
-"""The table of `benchmarks/learning.py`, from what a finished run has left."""
+"""`benchmarks/learning.py`: its table, from what a finished run has left, and a run of its own."""
 
 import json
+
+import pytest
+import runs
 
 from benchmarks import learning
 from rlver_jax import closing, heldout
@@ -20,3 +23,22 @@ def test_a_row_has_both_users_and_the_worse_of_what_they_saw(tmp_path):
   lines = learning.table([learning.row("grpo direct 0", tmp_path)])
   assert lines[0].count("|") == lines[2].count("|") == len(learning.HEAD) + 1
   assert lines[2] == ("| grpo direct 0 | 30.0 -> 80.0 | 28.0 -> 75.5 | 4% | 6 | 12 | 9.3 | 2.0 |")
+
+
+@pytest.mark.slow
+def test_a_run_that_broke_off_starts_anew_and_its_cost_is_told(tmp_path):
+  folder = tmp_path / "grpo-direct-0"
+  folder.mkdir()
+  (folder / "left.txt").write_text("by a run that broke off")
+  flags = runs.flags(steps=1, **{"evaluation.path": "tiny-held-out", "evaluation.scenarios": 1})
+  cost = learning.train(folder, "grpo", "direct", 0, flags)
+  assert cost["minutes"] > 0 and 0.1 < cost["gib"] < 16
+  assert not (folder / "left.txt").exists()
+  assert json.loads((folder / closing.NUMBERS_FILE).read_text())["steps"] == 1
+  assert "held out, after" in (tmp_path / "grpo-direct-0.txt").read_text()
+
+
+def test_a_run_that_fails_is_named_with_its_output(tmp_path):
+  with pytest.raises(SystemExit, match=r"failed with 2: see .*grpo-direct-0\.txt\.$"):
+    learning.train(tmp_path / "grpo-direct-0", "grpo", "direct", 0, ["--config.steps=0"])
+  assert "steps is 0" in (tmp_path / "grpo-direct-0.txt").read_text()
