@@ -66,6 +66,11 @@ def differences(
   return found
 
 
+def names(pairs: Sequence[tuple[str, str]]) -> list[str]:
+  """The names in pairs, each once, of a pair the second first."""
+  return list(dict.fromkeys(name for pair in pairs for name in reversed(pair)))
+
+
 def of_name(runs: Mapping[str, Run], name: str) -> Run:
   """The run of this name; UserError where there is none."""
   if name not in runs:

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from rlver_jax import drawing, heldout
+from rlver_jax import heldout
 from rlver_jax.curves import BLUE, FROM_ZERO, GREEN, GREY, HOLLOW, MARKS, RED, SHARE
 from rlver_jax.dialogue.dialogue import Dialogue
 from rlver_jax.errors import UserError
 from rlver_jax.evaluation.judges.base import LEAST, MOST
+from rlver_jax.page import drawing
 from rlver_jax.page.comparison import FINAL, Difference
 from rlver_jax.page.statistics import Estimate
 
@@ -24,12 +26,15 @@ POINTS = "points, 0 to 100"
 HALVES = (drawing.hollow(GREY, "before training"), drawing.full(GREY, "after training"))
 
 
-def curves(content: dict[str, Any], titles: Sequence[str] = ()) -> Figure:
+def curves(
+  content: dict[str, Any], titles: Sequence[str] = (), names: Sequence[str] = ()
+) -> Figure:
   """A chart for each of the page's panels, with a line for each run, its interval shaded.
 
   Args:
     content: of a page.
     titles: the charts that are drawn; by default all.
+    names: the runs that are drawn; by default all. A run has the same colour in every figure.
 
   Of a single run the held-out dialogues are marks, as in `curves.png`. UserError where there is no
   curve of these titles.
@@ -37,16 +42,17 @@ def curves(content: dict[str, Any], titles: Sequence[str] = ()) -> Figure:
   panels = [p for p in content["panels"] if p["title"] in titles or not titles]
   if not panels:
     raise UserError("the runs have no such curve, expected runs that have trained.")
+  runs = {i: run for i, run in enumerate(content["runs"]) if run["name"] in names or not names}
   columns = min(len(panels), 3)
   rows = -(-len(panels) // columns)
   figure = drawing.figure(4.2 * columns + 0.4, 3.1 * rows + 0.7)
   axes = list(figure.subplots(rows, columns, squeeze=False).flat)
   for axis, panel in zip(axes, panels, strict=False):
-    _panel(axis, panel, content["runs"])
+    _panel(axis, panel, runs)
   for axis in axes[len(panels) :]:
     axis.set_axis_off()
-  if len(content["runs"]) > 1:
-    drawing.legend(figure, _names(content))
+  if len(runs) > 1:
+    drawing.legend(figure, _names(runs))
   elif users := _users(content):
     about = "held-out dialogues judged by {}, before the first step and after the last"
     drawing.legend(
@@ -55,9 +61,9 @@ def curves(content: dict[str, Any], titles: Sequence[str] = ()) -> Figure:
   return figure
 
 
-def _panel(axis: Axes, panel: dict[str, Any], runs: Sequence[dict[str, Any]]) -> None:
+def _panel(axis: Axes, panel: dict[str, Any], runs: Mapping[int, dict[str, Any]]) -> None:
   last = 1.0
-  for number, run in enumerate(runs):
+  for number, run in runs.items():
     colour = drawing.colour(number)
     for style, (metric, name) in zip(("-", "--"), panel["lines"], strict=False):
       points = np.array(run["curves"].get(metric, []), float).reshape(-1, 4)
@@ -100,7 +106,7 @@ def trajectories(content: dict[str, Any]) -> Figure:
     y = f"mean emotion, {POINTS}" if axis is axes[0] else ""
     drawing.label(axis, f"Judged by {user}", "replies of the policy", y)
     axis.set_ylim(0, 100)
-  names = _names(content) if len(content["runs"]) > 1 else []
+  names = _names(dict(enumerate(content["runs"]))) if len(content["runs"]) > 1 else []
   when = [drawing.line(GREY, "before training", "--"), drawing.line(GREY, "after training")]
   drawing.legend(figure, names + when)
   return figure
@@ -208,8 +214,8 @@ def strategies(found: Mapping[str, Mapping[str, float]]) -> Figure:
   return figure
 
 
-def _names(content: dict[str, Any]) -> list:
-  return drawing.named([run["name"] for run in content["runs"]], drawing.line)
+def _names(runs: Mapping[int, dict[str, Any]]) -> list[Line2D]:
+  return [drawing.line(drawing.colour(number), run["name"]) for number, run in runs.items()]
 
 
 def _users(content: dict[str, Any]) -> dict[str, str]:

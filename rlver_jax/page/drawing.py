@@ -1,7 +1,6 @@
 """The parts that the figures of notebooks are put together from, in one look."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -80,9 +79,9 @@ def full(colour: str, name: str) -> Line2D:
   return Line2D([], [], color=colour, marker="o", linestyle="", markersize=7, label=plain(name))
 
 
-def named(names: Sequence[str], make: Any = full) -> list[Line2D]:
-  """A legend's marks, or with `make=line` its lines, in the order of the colours."""
-  return [make(colour(number), name) for number, name in enumerate(names)]
+def named(names: Sequence[str]) -> list[Line2D]:
+  """A legend's full marks, in the order of the colours."""
+  return [full(colour(number), name) for number, name in enumerate(names)]
 
 
 def plain(text: str) -> str:
