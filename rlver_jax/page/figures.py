@@ -4,6 +4,7 @@
 `comparison.py` finds. Intervals are the 95% ones.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from rlver_jax import heldout
-from rlver_jax.curves import BLUE, FROM_ZERO, GREEN, GREY, HOLLOW, MARKS, RED, SHARE
+from rlver_jax.curves import BLUE, COLOURS, FROM_ZERO, GREEN, GREY, HOLLOW, MARKS, RED, SHARE
 from rlver_jax.dialogue.dialogue import Dialogue
 from rlver_jax.errors import UserError
 from rlver_jax.evaluation.judges.base import LEAST, MOST
@@ -21,7 +22,8 @@ from rlver_jax.page import drawing
 from rlver_jax.page.comparison import FINAL, Difference
 from rlver_jax.page.statistics import Estimate
 
-BEFORE, AFTER = heldout.WHENS
+BEFORE = heldout.WHENS[0]
+TIMES = (GREY, BLUE)  # colours of before and after
 POINTS = "points, 0 to 100"
 HALVES = (drawing.hollow(GREY, "before training"), drawing.full(GREY, "after training"))
 
@@ -43,9 +45,9 @@ def curves(
   if not panels:
     raise UserError("the runs have no such curve, expected runs that have trained.")
   runs = {i: run for i, run in enumerate(content["runs"]) if run["name"] in names or not names}
-  columns = min(len(panels), 3)
+  columns = min(len(panels), 3 if len(panels) <= 6 else 4)
   rows = -(-len(panels) // columns)
-  figure = drawing.figure(4.2 * columns + 0.4, 3.1 * rows + 0.7)
+  figure = drawing.figure(12.8 * columns / max(columns, 3), 3 * rows + 0.7)
   axes = list(figure.subplots(rows, columns, squeeze=False).flat)
   for axis, panel in zip(axes, panels, strict=False):
     _panel(axis, panel, runs)
@@ -96,18 +98,20 @@ def trajectories(content: dict[str, Any]) -> Figure:
   }
   users = {user: lines for user, lines in users.items() if lines}
   _expect(users)
+  names = _names(dict(enumerate(content["runs"]))) if len(content["runs"]) > 1 else []
   figure, axes = drawing.side_by_side(5.3 * len(users), 4, len(users))
   for axis, (user, lines) in zip(axes, users.items(), strict=True):
     for line in lines:
-      points, colour = np.array(line["points"], float), drawing.colour(line["run"])
-      style, turns = "--" if line["when"] == BEFORE else "-", range(len(points))
+      points, begun = np.array(line["points"], float), line["when"] == BEFORE
+      colour = GREY if begun and not names else drawing.colour(line["run"])
+      style, turns = "--" if begun else "-", range(len(points))
       axis.plot(turns, points[:, 0], style, color=colour, marker=".", linewidth=1.6)
       axis.fill_between(turns, *points[:, 1:].T, color=colour, **drawing.BAND)
     y = f"mean emotion, {POINTS}" if axis is axes[0] else ""
     drawing.label(axis, f"Judged by {user}", "replies of the policy", y)
     axis.set_ylim(0, 100)
-  names = _names(dict(enumerate(content["runs"]))) if len(content["runs"]) > 1 else []
-  when = [drawing.line(GREY, "before training", "--"), drawing.line(GREY, "after training")]
+  after = GREY if names else drawing.colour(0)
+  when = [drawing.line(GREY, "before training", "--"), drawing.line(after, "after training")]
   drawing.legend(figure, names + when)
   return figure
 
@@ -197,20 +201,26 @@ def capabilities(found: Mapping[str, Mapping[str, Estimate | None]]) -> Figure:
   return figure
 
 
-def strategies(found: Mapping[str, Mapping[str, float]]) -> Figure:
-  """The share of replies with each strategy, by a name, as `comparison.strategies` finds them."""
+def strategies(
+  found: Mapping[str, Mapping[str, float]], colours: Sequence[str] = COLOURS
+) -> Figure:
+  """The share of replies with each strategy, by a name, as `comparison.strategies` finds them.
+
+  colours: of the names, for instance `TIMES` for before and after training.
+  """
   _expect(found)
   names = list(next(iter(found.values())))
   figure, (axis,) = drawing.side_by_side(9, 0.36 * len(names) + 1.7, 1)
   height = 0.8 / len(found)
-  for number, shares in enumerate(found.values()):
+  named = dict(zip(found, itertools.cycle(colours), strict=False))
+  for number, (name, shares) in enumerate(found.items()):
     places = np.arange(len(names)) + height * (number - (len(found) - 1) / 2)
-    values = [shares[name] for name in names]
-    axis.barh(places, values, 0.9 * height, color=drawing.colour(number))
+    values = [shares[strategy] for strategy in names]
+    axis.barh(places, values, 0.9 * height, color=named[name])
   drawing.label(axis, "Strategies in the replies, by word lists", "share of replies", grid="x")
   axis.set_xlim(left=0)
   drawing.rows(axis, names)
-  drawing.legend(figure, drawing.named(list(found)))
+  drawing.legend(figure, [drawing.full(colour, name) for name, colour in named.items()])
   return figure
 
 
