@@ -9,25 +9,32 @@ import statistics
 
 import pytest
 
-nbformat = pytest.importorskip("nbformat", reason="the extra `notebooks` is not installed")
+pytest.importorskip("nbformat", reason="the extra `notebooks` is not installed")
 
+import nbformat
 import runs
+from test_closing import played
 
 from configs import eval as eval_config
+from rlver_jax import workdir
+from rlver_jax.dialogue import records, scenario
 from rlver_jax.evaluation import replay
 
 FOLDER = runs.REPOSITORY / "notebooks"
+MISSING = "missing"
 EXPLORE, COMPARE, FIDELITY = "01_explore_a_run", "02_compare_policies", "03_simulator_fidelity"
 PICTURES = {EXPLORE: 4, COMPARE: 7, FIDELITY: 3}
 VARIABLES = {EXPLORE: "RLVER_RUN", COMPARE: "RLVER_RUNS", FIDELITY: "RLVER_FIDELITY"}
-SMALL = {"steps": 2, "policy.path": "tiny-policy", "sampling.max_new_tokens": 24}
+# One run is played; of the others, which 02 compares with it, files are written: what is changed
+# in the configuration, and of each reply the change of emotion after training.
 OTHERS = {
-  "grpo-direct-0": {}, "grpo-think-0": {"dialogue.mode": "think"},
-  "ppo-direct-0": {"algorithm.advantage": "gae"},
-  "ppo-think-0": {"algorithm.advantage": "gae", "dialogue.mode": "think"},
-  "grpo-easy-0": {"environment.level": "easy"},
-  "grpo-challenging-0": {"environment.level": "challenging"},
-}  # fmt: skip
+  "grpo-think-0": ({"dialogue.mode": "think"}, (6, 2)),
+  "ppo-direct-0": ({"algorithm.advantage": "gae"}, (-3, 9)),
+  "ppo-think-0": ({"algorithm.advantage": "gae", "dialogue.mode": "think"}, (7, -1)),
+  "grpo-easy-0": ({"environment.level": "easy"}, (4, 4)),
+  "grpo-challenging-0": ({"environment.level": "challenging"}, (-5, 1)),
+}
+RUNS = ("grpo-direct-0", *OTHERS)
 
 
 def load(name):
@@ -120,59 +127,78 @@ def test_notebooks_say_where_they_read(name):
 # What they do.
 
 
+def write_run(folder, scenarios, config, changes):
+  """A run of two steps as if it had been trained."""
+  workdir.claim(str(folder), config)
+  for user in ("", "_scripted"):
+    for when, steps in (("before", (1, -2)), ("after", changes)):
+      dialogues = [played(s, i, *steps, i, 3 - i) for i, s in enumerate(scenarios)]
+      records.write(folder / "evaluation" / f"{when}{user}.jsonl", dialogues)
+  lines = []
+  for step in (1, 2):
+    dialogues = [played(s, i, *changes, step * i) for i, s in enumerate(scenarios)]
+    records.write(folder / "dialogues" / f"step_{step:06d}.jsonl", dialogues)
+    names = ("emotion/success_rate", "emotion/failure_rate", "update/entropy")
+    lines.append({"step": step, **dict.fromkeys(names, 0.1), "dialogue/distinct_2": 0.5})
+    lines[-1]["emotion/final_mean"] = statistics.mean(d.emotion for d in dialogues)
+  (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
   """Where each notebook reads: a run, a folder with six of them, and a replay."""
   folder = tmp_path_factory.mktemp("runs")
-  held_out = {"evaluation.path": str(runs.held_out(folder, 3))}
-  run = folder / "explored"
-  runs.play(runs.config(**SMALL | runs.LANGUAGE_MODEL | held_out), run)
-  for name, changes in OTHERS.items():
-    runs.play(runs.config(**SMALL | held_out | changes), folder / "learning" / name)
-  config = eval_config.get_config("fidelity")
+  path = runs.held_out(folder, 3)
+  config = runs.config(**runs.LANGUAGE_MODEL | {"steps": 2, "evaluation.path": str(path)})
+  run = folder / RUNS[0]
+  runs.play(config, run)
+  for name, (fields, changes) in OTHERS.items():
+    config.update_from_flattened_dict(fields)
+    write_run(folder / name, scenario.read(path)[0], config, changes)
+  replayed = eval_config.get_config("fidelity")
   recorded = [run / "evaluation" / f"{when}.jsonl" for when in ("before", "after")]
-  config.update_from_flattened_dict({
+  replayed.update_from_flattened_dict({
     "simulator.kind": "scripted", "cpu_devices": 1, "mesh.data": 1, "mesh.fsdp": -1,
     "data.recorded": ",".join(map(str, recorded)), "compilation_cache": "",
   })  # fmt: skip
-  runs.evaluate(replay, config, folder / "fidelity")
-  return {EXPLORE: run, COMPARE: folder / "learning", FIDELITY: folder / "fidelity"}
+  runs.evaluate(replay, replayed, folder / "fidelity")
+  return {EXPLORE: run, COMPARE: folder, FIDELITY: folder / "fidelity"}
 
 
 @pytest.fixture(scope="module")
-def execute(tmp_path_factory):
-  """Executes a notebook where it lies with the interpreter of this process."""
+def executed(folders, tmp_path_factory):
+  """The notebooks by name, and under MISSING their first two cells without a folder.
+
+  One kernel, which loads the package once, forgets all names from one notebook to the next.
+  """
   nbclient = pytest.importorskip("nbclient", reason="the extra `notebooks` is not installed")
   pytest.importorskip("ipykernel", reason="the extra `notebooks` is not installed")
+  parts = {name: load(name).cells for name in PICTURES}
+  for name, cells in parts.items():
+    cells[:0] = setting(**{VARIABLES[name]: str(folders[name])})
+  parts[MISSING] = setting(**dict.fromkeys(VARIABLES.values(), "no-such-folder"))
+  parts[MISSING] += [cell for name in PICTURES for cell in codes(load(name))[:2]]
+  whole = nbformat.v4.new_notebook(cells=[cell for cells in parts.values() for cell in cells])
   own = tmp_path_factory.mktemp("jupyter")
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("PYTHONPATH", str(runs.REPOSITORY))
-    # No kernel, start-up file or setting of the user's own.
-    patch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
+    patch.setenv("JUPYTER_PREFER_ENV_PATH", "1")  # this interpreter's kernel,
     patch.delenv("JUPYTER_PATH", raising=False)
-    for name in ("JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
-      patch.setenv(name, str(own / name))
     patch.delenv("MPLBACKEND", raising=False)
-
-    def run(notebook, **variables):
-      for name in VARIABLES.values():
-        patch.delenv(name, raising=False)
-      for name, value in variables.items():
-        patch.setenv(name, str(value))
-      resources = {"metadata": {"path": str(FOLDER)}}
-      client = nbclient.NotebookClient(
-        notebook, kernel_name="python3", timeout=300, resources=resources, allow_errors=True
-      )
-      return client.execute()
-
-    yield run
+    for name in ("JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
+      patch.setenv(name, str(own / name))  # with no setting of the user's
+    client = nbclient.NotebookClient(
+      whole, kernel_name="python3", timeout=600, allow_errors=True,
+      resources={"metadata": {"path": str(FOLDER)}},
+    )  # fmt: skip
+    client.execute()
+  return {name: nbformat.v4.new_notebook(cells=cells[2:]) for name, cells in parts.items()}
 
 
-@pytest.fixture(scope="module")
-def executed(folders, execute):
-  return {
-    name: execute(load(name), **{VARIABLES[name]: folder}) for name, folder in folders.items()
-  }
+def setting(**variables):
+  """Cells that forget all names and set environment variables."""
+  sources = "%reset -f", f"import os\n\nos.environ |= {variables!r}"
+  return [nbformat.v4.new_code_cell(source) for source in sources]
 
 
 @pytest.mark.slow
@@ -198,7 +224,7 @@ def test_a_run_is_shown_as_its_files_tell(executed, folders):
   run, shown = folders[EXPLORE], executed[EXPLORE]
   training, held_out = tables(shown)
   final = [line["emotion/final_mean"] for line in runs.metrics(run)]
-  assert (training[0]["run"], training[0]["steps"]) == ("explored", "2 of 2")
+  assert (training[0]["run"], training[0]["steps"]) == (RUNS[0], "2 of 2")
   assert training[0]["emotion, first"] == f"{final[0]:.1f}"
   assert training[0]["last"] == f"{final[1]:.1f}"
   for row, suffix in zip(held_out, ("", "_scripted"), strict=True):
@@ -223,11 +249,15 @@ def test_policies_are_compared_as_their_files_tell(executed, folders):
   shown, folder = tables(executed[COMPARE]), folders[COMPARE]
   final = {
     run: {
-      when: {d["id"]: d["emo_point"] for d in lines_of(folder / run / "evaluation" / f"{when}.jsonl")}
+      (when, user): {
+        d["id"]: d["emo_point"]
+        for d in lines_of(folder / run / "evaluation" / f"{when}{suffix}.jsonl")
+      }
       for when in ("before", "after")
+      for user, suffix in (("language model", ""), ("scripted user", "_scripted"))
     }
-    for run in OTHERS
-  }  # fmt: skip
+    for run in RUNS
+  }
   pairs = {
     "GRPO, think − GRPO, direct": ("grpo-think-0", "grpo-direct-0"),
     "PPO, think − PPO, direct": ("ppo-think-0", "ppo-direct-0"),
@@ -237,15 +267,16 @@ def test_policies_are_compared_as_their_files_tell(executed, folders):
     "GRPO, challenging user − GRPO, direct": ("grpo-challenging-0", "grpo-direct-0"),
   }
   rows = [row for table in shown for row in table if "runs" in row]
-  assert [row["runs"] for row in rows] == list(pairs)
+  assert [row["runs"] for row in rows] == [name for name in pairs for _ in range(2)]
   for row in rows:
     one, other = (final[run] for run in pairs[row["runs"]])
     for when in ("before", "after"):
-      mean = statistics.mean(one[when][i] - other[when][i] for i in one[when])
+      ours, theirs = (side[when, row["user"]] for side in (one, other))
+      mean = statistics.mean(ours[name] - theirs[name] for name in ours)
       assert row[when].startswith(f"{mean:+.1f} [")
   (course,) = (table for table in shown if "lost since the best" in table[0])
   assert len(course) == 4
-  for row, run in zip(course, list(OTHERS), strict=False):
+  for row, run in zip(course, RUNS, strict=False):
     curve = [line["emotion/final_mean"] for line in runs.metrics(folder / run)]
     best = max(curve)
     assert row["best (step)"] == f"{best:.1f} ({1 + curve.index(best)})"
@@ -272,12 +303,8 @@ def test_a_simulated_user_is_compared_as_its_files_tell(executed, folders):
 
 
 @pytest.mark.slow
-def test_a_folder_that_is_not_there_is_named_in_one_sentence(execute):
-  """In one kernel, the first two cells of each notebook."""
-  both = load(EXPLORE)
-  both.cells = [cell for name in PICTURES for cell in codes(load(name))[:2]]
-  found = execute(both, **dict.fromkeys(VARIABLES.values(), "no-such-folder"))
-  errors = [o for o in outputs(found) if o.output_type == "error"]
+def test_a_folder_that_is_not_there_is_named_in_one_sentence(executed):
+  errors = [o for o in outputs(executed[MISSING]) if o.output_type == "error"]
   places = ["no-such-folder", "no-such-folder/grpo-direct-0", "no-such-folder"]
   for error, place in zip(errors, places, strict=True):
     sentence = f"{pathlib.Path(place) / 'config.json'} cannot be read (No such file or directory), "
