@@ -67,7 +67,7 @@ def describe(
     parts += ["", *_table(held_out["users"], held_out["scenarios"])]
     both = heldout.read_of(user, config, sources, workdir)
     if len(both) == len(heldout.WHENS):
-      parts += ["", *_dialogues(both["before"], both["after"], user)]
+      parts += ["", *pair_of_dialogues(both["before"], both["after"], user)]
   parts += ["", *([f"dialogues: {workdir / heldout.FOLDER}"] if held_out else [])]
   text = metrics.format_summary(summary)
   return "\n".join([text, *parts, f"curves: {workdir / CURVES_FILE}"])
@@ -99,17 +99,25 @@ def _table(numbers: dict[str, Any], scenarios: int) -> list[str]:
   return lines + ([f"change of emotion: {', '.join(changes)}"] if changes else [])
 
 
-def _dialogues(before: Sequence[Dialogue], after: Sequence[Dialogue], user: str) -> list[str]:
-  """Two dialogues on the scenario with the median gain, side by side."""
+def pair_of_dialogues(
+  before: Sequence[Dialogue], after: Sequence[Dialogue], user: str, place: str = "median"
+) -> list[str]:
+  """Lines with the two dialogues on one scenario, side by side; none where every user failed.
+
+  Args:
+    before, after: with the policy as it started and as it ended, on the same scenarios.
+    user: the kind of simulated user.
+    place: of the scenario's gain among all: lowest, median or highest.
+  """
   gains = heldout.gains(before, after)
   order = sorted((gain, i) for i, gain in enumerate(gains) if gain is not None)
   if not order:
     return []
-  gain, chosen = order[(len(order) - 1) // 2]
+  gain, chosen = order[{"lowest": 0, "median": (len(order) - 1) // 2, "highest": -1}[place]]
   scenario = before[chosen].scenario
   texts = (
     f"Scenario {scenario.id} before and after, judged by {heldout.label(user)}: its change of "
-    f"emotion, {gain:+d}, is the median of all.",
+    f"emotion, {gain:+d}, is the {place} of all.",
     f"Hidden intention: {scenario.task}",
   )
   return [

@@ -9,6 +9,7 @@ from typing import Any
 from rlver_jax.heldout import label
 
 BLUE, GREEN, RED, GREY = "#1f6fb4", "#2a8f4f", "#c23b3b", "#555555"
+COLOURS = (BLUE, RED, GREEN, "#8a5fb0", "#c98a1b", "#3a9aa0", "#8c5a3c", GREY)  # of several
 POINTS, SHARE, FROM_ZERO = "points", "share", "from zero"  # what bounds an axis
 # A panel: title, what its axis measures, what bounds it, and its lines: metric, name, colour, and
 # the number of held-out dialogues that belongs to it.

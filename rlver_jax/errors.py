@@ -8,6 +8,10 @@ class UserError(Exception):
   `main` prints it without a traceback and exits with code 2.
   """
 
+  def _render_traceback_(self) -> list[str]:
+    """What IPython shows in place of a traceback, so that a notebook says no more than `main`."""
+    return [f"{type(self).__name__}: {self}"]
+
 
 class BudgetSpent(Exception):
   """A budget of the configuration is spent; the run saves its state and ends.

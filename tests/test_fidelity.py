@@ -36,6 +36,14 @@ def test_numbers_are_those_of_a_loop():
   assert f.final_error == pytest.approx((3 + 1) / 2) and finals == [3, 1]
   assert (f.unparsed, f.unread, f.tokens) == pytest.approx((3 / 11, 1 / 11, 10.0))
   assert f.seconds == pytest.approx(0.5)
+  assert fidelity.pairs(replayed).tolist() == [list(pair) for pair in pairs]
+  counts = fidelity.counts(replayed)
+  assert counts.shape == (21, 21) and counts.sum() == 10
+  assert all(counts[a + 10, b + 10] == pairs.count((a, b)) for a, b in pairs)
+  by_recorded = fidelity.by_recorded(replayed)
+  assert list(by_recorded) == sorted({a for a, _ in pairs})
+  assert all(found == sorted(b for a, b in pairs if a == at) for at, found in by_recorded.items())
+  assert fidelity.finals(replayed).tolist() == [[50, 47], [50, 49]]
 
 
 def test_where_nothing_varies_there_is_no_rank():
@@ -43,6 +51,9 @@ def test_where_nothing_varies_there_is_no_rank():
   assert math.isnan(f.spearman) and f.error == 1.5
   f = compare([Replayed((3,), (None,), 0, 0, 33, 30)])
   assert math.isnan(f.error) and math.isnan(f.sign) and f.unread == 1.0
+  assert math.isnan(f.final_error) and not fidelity.by_recorded(
+    [Replayed((3,), (None,), 0, 0, 3, 3)]
+  )
 
 
 def test_the_scripted_user_agrees_with_itself_and_not_with_another_one():

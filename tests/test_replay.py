@@ -9,6 +9,7 @@ from test_transcripts import RECORD, changed, lines
 
 from configs import eval as eval_config
 from rlver_jax import config as config_lib
+from rlver_jax import workdir as workdir_lib
 from rlver_jax.dialogue import records
 from rlver_jax.dialogue.simulators.appraisal import appraise
 from rlver_jax.embedded import build, dialogues
@@ -69,6 +70,42 @@ def test_files_and_all_of_them_are_compared(files, tmp_path):
   assert [row[1] for row in rows[1:]] == ["3", "2", "5"] and rows[1][3] == "0.00"
   assert all(name in text for name in ("first", "second", "all"))
   assert (tmp_path / "run" / "table.md").read_text().count("\n") == 5
+
+
+def test_a_folder_is_read_without_its_dialogues(files, tmp_path):
+  folder = tmp_path / "run"
+  summary, _ = play(config(files), folder)
+  for file in files:
+    file.unlink()
+  found = replay.read(folder)
+  assert {name: len(replayed) for name, replayed in found.items()} == {"first": 3, "second": 2}
+  whole = replay.compare([r for replayed in found.values() for r in replayed])
+  assert (whole.turns, whole.error) == (summary["turns"], summary["error"])
+  head, first, second = replay.finals(found)
+  assert head[:5] == ["dialogues of", "dialogues", "recorded", "found", "found − recorded"]
+  assert first[:2] == ["first", "3"] and first[2] == first[3] and first[4] == "+0.0"
+  assert second[4:] == ["+0.5", ("+0.0", "+1.0", "")]
+  nothing = replay.finals({"nobody": [replay.Replayed((3,), (None,), 0, 0, 33, 30)]})
+  assert nothing[1][:3] == ["nobody", "0", "-"]
+
+
+def test_a_folder_of_no_replay_is_named(files, tmp_path):
+  folder = tmp_path / "run"
+  play(config(files), folder)
+  line = json.loads((folder / "replayed.jsonl").read_text().splitlines()[0])
+  for broken in ({"found": [99] * len(line["found"])}, {"recorded": []}, {"tokens": "9"}):
+    (folder / "replayed.jsonl").write_text(json.dumps(line | broken) + "\n")
+    with pytest.raises(UserError, match=r"replayed\.jsonl, line 1: found "):
+      replay.read(folder)
+  (folder / "replayed.jsonl").write_text("")
+  with pytest.raises(UserError, match=r"has no dialogue of data\.recorded"):
+    replay.read(folder)
+  (folder / "replayed.jsonl").unlink()
+  with pytest.raises(UserError, match=r"replayed\.jsonl cannot be read"):
+    replay.read(folder)
+  workdir_lib.claim(str(tmp_path / "benchmark"), eval_config.get_config())
+  with pytest.raises(UserError, match="holds a run of task 'benchmark', expected fidelity"):
+    replay.read(tmp_path / "benchmark")
 
 
 def test_a_replay_that_is_stopped_goes_on(files, tmp_path):

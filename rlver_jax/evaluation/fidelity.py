@@ -11,8 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.stats
 
+from rlver_jax.dialogue import emotion as emotion_lib
 from rlver_jax.dialogue.dialogue import Dialogue, Plan
 from rlver_jax.dialogue.rescore import Recorded, Rescored
+
+_CHANGES = emotion_lib.MAX_CHANGE - emotion_lib.MIN_CHANGE + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,25 +74,54 @@ class Fidelity:
 
 def compare(replayed: Sequence[Replayed]) -> Fidelity:
   """The numbers of dialogues with at least one turn; NaN for what there is nothing to tell of."""
-  pairs = [
-    (recorded, found) for r in replayed for recorded, found in zip(r.recorded, r.found, strict=True)
-  ]
-  known = np.array([pair for pair in pairs if pair[1] is not None], np.int64).reshape(-1, 2)
-  recorded, found = known.T
+  recorded, found = pairs(replayed).T
+  turns = sum(len(r.found) for r in replayed)
   varied = len(set(recorded.tolist())) > 1 and len(set(found.tolist())) > 1
-  whole = [abs(r.recorded_final - r.found_final) for r in replayed if None not in r.found]
   return Fidelity(
     dialogues=len(replayed),
-    turns=len(pairs),
+    turns=turns,
     error=_mean(np.abs(recorded - found)),
     sign=_mean(np.sign(recorded) == np.sign(found)),
     spearman=float(scipy.stats.spearmanr(recorded, found).statistic) if varied else math.nan,
-    final_error=_mean(np.array(whole)),
-    unparsed=sum(r.unparsed for r in replayed) / len(pairs),
-    unread=1 - len(known) / len(pairs),
-    tokens=sum(r.tokens for r in replayed) / len(pairs),
-    seconds=sum(r.seconds for r in replayed) / len(pairs),
+    final_error=_mean(np.abs(np.diff(finals(replayed)))),
+    unparsed=sum(r.unparsed for r in replayed) / turns,
+    unread=1 - len(found) / turns,
+    tokens=sum(r.tokens for r in replayed) / turns,
+    seconds=sum(r.seconds for r in replayed) / turns,
   )
+
+
+def pairs(replayed: Sequence[Replayed]) -> np.ndarray:
+  """The recorded and the new change of each turn that has one: integers [turns, 2]."""
+  found = [
+    (recorded, new)
+    for r in replayed
+    for recorded, new in zip(r.recorded, r.found, strict=True)
+    if new is not None
+  ]
+  return np.array(found, np.int64).reshape(-1, 2)
+
+
+def counts(replayed: Sequence[Replayed]) -> np.ndarray:
+  """How many turns have each pair of changes: integers [recorded, new], both from -10 to 10."""
+  table = np.zeros((_CHANGES, _CHANGES), np.int64)
+  np.add.at(table, tuple((pairs(replayed) - emotion_lib.MIN_CHANGE).T), 1)
+  return table
+
+
+def by_recorded(replayed: Sequence[Replayed]) -> dict[int, list[int]]:
+  """The new changes of the turns with each recorded one, in the order of these."""
+  found: dict[int, list[int]] = {}
+  for recorded, new in sorted(pairs(replayed).tolist()):
+    found.setdefault(recorded, []).append(new)
+  return found
+
+
+def finals(replayed: Sequence[Replayed]) -> np.ndarray:
+  """The recorded and the new final emotion of each dialogue of which every turn has a change:
+  integers [dialogues, 2]."""
+  whole = [(r.recorded_final, r.found_final) for r in replayed if None not in r.found]
+  return np.array(whole, np.int64).reshape(-1, 2)
 
 
 def recorded(finished: Dialogue) -> Recorded:

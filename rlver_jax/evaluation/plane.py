@@ -10,9 +10,6 @@ from rlver_jax import curves
 from rlver_jax.evaluation.judged import Judged, place
 from rlver_jax.evaluation.judges.base import AXES, LEAST, MOST
 
-COLOURS = (
-  "#1f6fb4", "#c23b3b", "#2a8f4f", "#8a5fb0", "#c98a1b", "#3a9aa0", "#8c5a3c", "#555555"
-)  # fmt: skip
 MARKS = "osD^vPX*"
 ENDS = (("solution-oriented", "empathy-oriented"), ("structured", "creative"))
 SPREAD = 0.3  # most by which a dialogue is moved, so that those in one place are all seen
@@ -34,7 +31,7 @@ def make_figure(by_file: dict[str, Sequence[Judged]]) -> Any:
   axes.axvline(middle, color=curves.GREY, linewidth=0.8, alpha=0.6)
   random = np.random.default_rng(0)
   for number, (name, judged) in enumerate(by_file.items()):
-    colour, mark = COLOURS[number % len(COLOURS)], MARKS[number % len(MARKS)]
+    colour, mark = curves.COLOURS[number % len(curves.COLOURS)], MARKS[number % len(MARKS)]
     places = np.array([[one.judgement.plane[axis] for axis in AXES] for one in judged], float)
     x, y = (places + random.uniform(-SPREAD, SPREAD, places.shape)).T
     axes.plot(x, y, mark, color=colour, alpha=0.35, markersize=4, markeredgewidth=0)

@@ -14,11 +14,13 @@ simulated user's server failed.
 
 import dataclasses
 import math
+import os
 import pathlib
 import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from rlver_jax import build, cli, json_lines, partitioning, processes
@@ -28,19 +30,23 @@ from rlver_jax import workdir as workdir_lib
 from rlver_jax.dialogue import records, rescore
 from rlver_jax.dialogue import scenario as scenario_lib
 from rlver_jax.dialogue.dialogue import HELD_OUT_STEP, Failed
+from rlver_jax.dialogue.emotion import MAX_CHANGE, MIN_CHANGE
 from rlver_jax.dialogue.levels import VANILLA
 from rlver_jax.dialogue.rescore import Recorded, Rescored
 from rlver_jax.dialogue.scenario import Scenario
 from rlver_jax.dialogue.simulators.base import Simulator
 from rlver_jax.errors import UserError
-from rlver_jax.evaluation import recorded_files, tables
+from rlver_jax.evaluation import fidelity, recorded_files, scores, tables
+from rlver_jax.evaluation.board import INTERVAL
 from rlver_jax.evaluation.fidelity import Fidelity, Replayed, compare
 from rlver_jax.evaluation.recorded_files import Key
+from rlver_jax.evaluation.tables import Range
 from rlver_jax.interrupt import Interrupts
 from rlver_jax.json_lines import Misfit, field
 from rlver_jax.sources import Sources
 
 REPLAYED = "replayed.jsonl"
+_COUNTS = ("unparsed", "tokens", "recorded_final", "found_final")
 HEAD = (
   "dialogues", "turns", "error", "sign", "Spearman", "final error", "unparsed", "unread", "tokens",
   "seconds",
@@ -127,6 +133,54 @@ def describe(
   return f"\n{table}\n\n{note}(tokens, seconds: of a turn)\nchanges: {workdir / REPLAYED}"
 
 
+def read(folder: str | os.PathLike) -> dict[str, list[Replayed]]:
+  """What a replay left in its folder, by a short name of the dialogues' file, in the order of the
+  files; neither these nor the simulated user's model are opened.
+
+  Raises UserError for a folder that is not of this task, or holds nothing or what is damaged.
+  """
+  folder = pathlib.Path(folder).expanduser()
+  config = workdir_lib.read_config(folder)
+  if config.task != "fidelity":
+    raise UserError(f"{folder} holds a run of task '{config.task}', expected fidelity.")
+  file = folder / REPLAYED
+  lines = json_lines.read(file, _told, "what this replay wrote", growing=True)
+  paths = [path.strip() for path in config.data.recorded.split(",")]
+  found = {key: replayed for path in paths for key, replayed in lines if key[0] == path}
+  if not found:
+    raise UserError(f"{file} has no dialogue of data.recorded, expected a replay that has begun.")
+  return recorded_files.by_file(found)
+
+
+def _told(line: Any) -> tuple[Key, Replayed]:
+  """A line as a value; Misfit where it is none of a replay's."""
+  recorded, found = (tuple(field(line, name, list)) for name in ("recorded", "found"))
+  known = {*range(MIN_CHANGE, MAX_CHANGE + 1)}
+  whole = all(type(c) is int and c in known for c in recorded)
+  whole &= all(c is None or (type(c) is int and c in known) for c in found)
+  if not recorded or len(recorded) != len(found) or not whole:
+    raise Misfit(f"{found!r:.60} as 'found', expected a change for each of 'recorded'")
+  counts = (field(line, name, int) for name in _COUNTS)
+  replayed = Replayed(recorded, found, *counts, field(line, "seconds", float))
+  return (field(line, "file", str), field(line, "id", str)), replayed
+
+
+def finals(by_file: dict[str, list[Replayed]]) -> tables.Rows:
+  """For each file the mean final emotion as recorded and as found, and how far they differ."""
+  head = ["dialogues of", "dialogues", "recorded", "found", "found − recorded", INTERVAL]
+  rows: list[list[str | Range]] = [head]
+  for name, replayed in by_file.items():
+    ends = fidelity.finals(replayed)
+    if not len(ends):
+      rows.append([name, "0", "-", "-", "-", Range("-", "-", "-")])
+      continue
+    changes = np.diff(ends)[:, 0]
+    means = [f"{mean:.1f}" for mean in ends.mean(axis=0)]
+    bounds = Range(*(f"{bound:+.1f}" for bound in scores.interval(changes)))
+    rows.append([name, f"{len(ends)}", *means, f"{changes.mean():+.1f}", bounds])
+  return rows
+
+
 def board(by_file: dict[str, Sequence[Replayed]]) -> tables.Rows:
   """A row for each file, and with several one for all."""
   rows = [["dialogues of", *HEAD]]
@@ -203,9 +257,7 @@ def _found(workdir: pathlib.Path, sources: RecordedSources) -> dict[Key, Replaye
     whole = len(found) == len(changes) and all(c is None or type(c) is int for c in found)
     if tuple(field(line, "recorded", list)) != changes or not whole:
       raise Misfit(f"other turns of {line['id']!r:.60}, expected those of data.recorded")
-    counts = (
-      field(line, name, int) for name in ("unparsed", "tokens", "recorded_final", "found_final")
-    )
+    counts = (field(line, name, int) for name in _COUNTS)
     return Replayed(changes, tuple(found), *counts, field(line, "seconds", float))
 
   file = workdir / REPLAYED

@@ -5,8 +5,9 @@ read one step at a time.
 """
 
 import dataclasses
+import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -55,6 +56,11 @@ def read(paths: Sequence[str]) -> list[Run]:
     _read(folder, str(folder) if names.count(name) > 1 else name)
     for folder, name in zip(folders, names, strict=True)
   ]
+
+
+def read_named(folders: Mapping[str, str | os.PathLike]) -> dict[str, Run]:
+  """The runs in these folders by the names that they are to have; UserError as for `read`."""
+  return {name: _read(pathlib.Path(path).expanduser(), name) for name, path in folders.items()}
 
 
 def _read(folder: pathlib.Path, name: str) -> Run:

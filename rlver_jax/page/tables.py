@@ -13,7 +13,7 @@ from rlver_jax import metrics as metrics_lib
 from rlver_jax.evaluation import board, scores
 from rlver_jax.evaluation import tables as rows_lib
 from rlver_jax.page.reading import Run
-from rlver_jax.page.statistics import mean
+from rlver_jax.page.statistics import Estimate, mean
 
 Table = dict[str, Any]
 NONE = "–"
@@ -35,7 +35,13 @@ def of(runs: Sequence[Run]) -> list[Table]:
   return [table for table in found if table["rows"]]
 
 
-def _table(title: str, note: str, head: Sequence[str], rows: list[list[str]]) -> Table:
+def markdown(table: Table) -> str:
+  """A table as GitHub's Markdown, its title in bold above it and its note below."""
+  rows = rows_lib.markdown([table["head"], *table["rows"]])
+  return "\n\n".join(filter(None, (f"**{table['title']}**", rows, table["note"])))
+
+
+def make(title: str, note: str, head: Sequence[str], rows: list[list[str]]) -> Table:
   return {"title": title, "note": note, "head": list(head), "rows": rows}
 
 
@@ -44,7 +50,7 @@ def _training(runs: Sequence[Run]) -> Table:
   head += ["tokens", "time"]
   note = "Emotion is the mean final emotion of the dialogues of training, of the first and of the "
   note += "last tenth of the steps; success, failure, turns and tokens of a reply are of the last."
-  return _table("Training", note, head, [_training_row(run) for run in runs])
+  return make("Training", note, head, [_training_row(run) for run in runs])
 
 
 def _training_row(run: Run) -> list[str]:
@@ -77,13 +83,17 @@ def _held_out(runs: Sequence[Run]) -> Table:
         cells.append(" → ".join(NONE if n is None else written(n) for n in pair))
       count = str(len(next(iter(whens.values()))))
       rows.append([run.name, heldout.label(user), count, *cells, _gain(whens)])
-  return _table("Held-out scenarios, before and after", note, head, rows)
+  return make("Held-out scenarios, before and after", note, head, rows)
 
 
 def _gain(whens: dict[str, list]) -> str:
   if len(whens) < len(heldout.WHENS):
     return NONE
-  found = mean([gain for gain in heldout.gains(*whens.values()) if gain is not None])
+  return signed(mean([gain for gain in heldout.gains(*whens.values()) if gain is not None]))
+
+
+def signed(found: Estimate | None) -> str:
+  """A difference with its interval in brackets; a dash where there is none."""
   if found is None:
     return NONE
   bounds = "" if found.low is None else f" [{found.low:+.1f}, {found.high:+.1f}]"
@@ -98,7 +108,7 @@ def _supervised(runs: Sequence[Run]) -> Table:
     written = [NONE if loss is None else f"{loss:.4f}" for loss in losses]
     rows.append([run.name, run.config.policy.path, f"{last.get('step', 0)} of {run.config.steps}"])
     rows[-1] += written
-  return _table("Supervised training", "", ["run", "model", "steps", *_LOSSES], rows)
+  return make("Supervised training", "", ["run", "model", "steps", *_LOSSES], rows)
 
 
 def _benchmarks(runs: dict[str, Run]) -> list[Table]:
@@ -108,7 +118,7 @@ def _benchmarks(runs: dict[str, Run]) -> list[Table]:
   }
   counted = {name: scored for name, scored in found.items() if scored}
   if not counted:
-    return [_table("Benchmark", "", [], [])]
+    return [make("Benchmark", "", [], [])]
   note = "Score is the mean final emotion with its bootstrap interval; tokens are of a reply."
   ordered = dict(sorted(counted.items(), key=lambda item: -scores.score(item[1]).mean))
   tables = [_of_board("Benchmark", note, board.models(ordered, None))]
@@ -123,4 +133,4 @@ def _benchmarks(runs: dict[str, Run]) -> list[Table]:
 
 def _of_board(title: str, note: str, rows: rows_lib.Rows) -> Table:
   head, *body = rows_lib.shown(rows)
-  return _table(title, note, head, body)
+  return make(title, note, head, body)
