@@ -3,8 +3,8 @@
 A file holds one JSON object a line, in the format of recorded Sentient-benchmark dialogues (see
 `dialogue/records.py`, which writes it). Read are the fields that scores depend on: `id`,
 `character`, `task`, `emo_point`, `emo_state`, and of `history` the roles, the user's
-`emotion-point` and `planning.change`; where they are there also `tokens` and `end`. Every emotion
-is computed again from the changes.
+`emotion-point` and `planning.change`; where they are there also `tokens`, `end` and `tactic`. Every
+emotion is computed again from the changes.
 """
 
 import codecs
@@ -31,6 +31,7 @@ class Transcript:
   replies: how many the policy gave, at least one; tokens: those that it sampled, None where the
   record does not say. character: the type's English name (negative, passive,
   avoidant), or as the record has it. intention: one of `scenario.EMOTIONAL` and `RATIONAL`.
+  tactic: one of `scenario.TACTICS`, "" for none.
   """
 
   id: str
@@ -39,6 +40,7 @@ class Transcript:
   emotions: tuple[int, ...]
   replies: int
   tokens: int | None = None
+  tactic: str = ""
 
   @property
   def final(self) -> int:
@@ -154,6 +156,7 @@ def transcript(record: Any) -> Transcript:
     tuple(emotions),
     len(history) // 2,
     _tokens(record.get("tokens")),
+    scenario_lib.tactic_of(record),
   )
 
 
