@@ -8,9 +8,9 @@ which band the reply ascribes to the user, in words, not in thoughts that nobody
 where the reply says nothing of it. Such a reply counts in the coverage alone.
 
 A reply is consistent where the ascribed band is the recorded one or next to it. The difference is
-ascribed minus recorded, in bands: above 0 the policy paints its user happier than he is, it glosses
-over. Replies of one dialogue are not independent of one another, so intervals come from resampling
-dialogues.
+ascribed minus recorded, in bands: above 0 the policy paints its user happier than recorded, that
+is, it glosses over. Replies of one dialogue are not independent of one another, so intervals come
+from resampling dialogues.
 """
 
 import dataclasses
