@@ -3,8 +3,8 @@
 A file holds one JSON object a line, in the format of recorded Sentient-benchmark dialogues (see
 `dialogue/records.py`, which writes it). Read are the fields that scores depend on: `id`,
 `character`, `task`, `emo_point`, `emo_state`, and of `history` the roles, the user's
-`emotion-point` and `planning.change`; where they are there also `tokens`, `end` and `tactic`. Every
-emotion is computed again from the changes.
+`emotion-point` and `planning.change`; where they are there also `tokens`, `end` and `tactic`. Each
+message must have a text. Every emotion is computed again from the changes.
 """
 
 import codecs
@@ -176,11 +176,14 @@ def _tokens(counts: Any) -> int | None:
 
 
 def _role(history: list, i: int) -> str:
-  """The role of a message, which has to be the user's and the policy's in turn."""
+  """The role of a message: the user's and the policy's have to take turns, and each has a text."""
   expected = ("user", "assistant")[i % 2]
   role = history[i].get("role") if isinstance(history[i], dict) else history[i]
   if role != expected:
     raise Misfit(f"{role!r:.60} as the role of message {i + 1}, expected '{expected}'")
+  content = history[i].get("content")
+  if not isinstance(content, str):
+    raise Misfit(f"{content!r:.60} as 'content' of message {i + 1}, expected a text")
   return expected
 
 
