@@ -85,8 +85,8 @@ def clustered_interval(sums: Sequence[int], counts: Sequence[int]) -> tuple[floa
     sums: of each dialogue the sum over its replies.
     counts: of each the number of its replies, at least 1.
 
-  Resampled are the dialogues, each with all its replies; one without any has no part in it. Drawn is how often each pair of sum and
-  count comes, which is all that the mean depends on.
+  Resampled are the dialogues, each with all its replies; one without any has no part in it. Drawn
+  is how often each pair of sum and count comes, which is all that the mean depends on.
   """
   pairs, often = np.unique(np.stack([sums, counts], axis=1), axis=0, return_counts=True)
   n = len(sums)
