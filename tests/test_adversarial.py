@@ -7,7 +7,9 @@ import re
 
 import builders
 import pytest
-from test_benchmark import config, play, read
+import remote_server
+import test_capabilities
+from test_benchmark import config, play, read, remotely
 from test_transcripts import changed, lines
 
 from rlver_jax.dialogue import records, rollout
@@ -123,6 +125,36 @@ def test_the_benchmark_has_a_row_for_each_tactic(tmp_path):
   # The silent user's first line is nothing but dots, which is a message as any other.
   assert found[5]["history"][0]["content"] == "..." and len(found[5]["history"]) >= 3
   assert all(t.tactic for t in transcripts.read(tmp_path / "dialogues.jsonl"))
+
+
+def test_from_the_scenarios_to_the_consistency_by_tactic(server, tmp_path):
+  """Both commands: a policy at a server that takes all for joy from the second reply on."""
+  texts = {2: "That must hurt, I hear how angry you are. Tell me more.", 4: "You must be so happy!"}
+  server.decide = lambda call: remote_server.Answer(texts.get(len(call.messages), "Hm?"))
+  changes = {"data.path": "adversarial", "data.scenarios": 12}
+  play(remotely(server, **changes), tmp_path / "played")
+  found = read(tmp_path / "played")
+  assert [r["tactic"] for r in found] == 2 * list(scenario_lib.TACTICS)
+  table = (tmp_path / "played" / "table.csv").read_text()
+  rows = [row.split(",")[:3] for row in table.splitlines() if row.startswith("tactic: ")]
+  finals = {tactic: [] for tactic in sorted(scenario_lib.TACTICS)}
+  for record in found:
+    finals[record["tactic"]].append(max(0, record["emo_point"]))
+  assert rows == [[f"tactic: {t}", "2", f"{sum(f) / 2:.1f}"] for t, f in finals.items()]
+  judge = test_capabilities.config([tmp_path / "played" / "dialogues.jsonl"])
+  summary, text = test_capabilities.play(judge, tmp_path / "judged")
+  told = summary["consistency"]["tactics"]
+  assert list(told) == list(scenario_lib.TACTICS) and "gaslighting" in text
+  for tactic, numbers in told.items():
+    emotions = [
+      (message["emotion-point"], reply["content"])
+      for record in found if record["tactic"] == tactic
+      for message, reply in zip(record["history"][::2], record["history"][1::2], strict=False)
+    ]  # fmt: skip
+    said = [4 - min(4, e // 20) if "happy" in text else 1 - e // 20 for e, text in emotions]
+    assert numbers["replies"] == numbers["said"] == len(said)
+    assert numbers["difference"] == pytest.approx(sum(said) / len(said))
+    assert numbers["consistent"] == sum(abs(d) <= 1 for d in said) / len(said)
 
 
 # Users who say nothing.
