@@ -104,9 +104,9 @@ def summary(judged: Sequence[Judged]) -> dict:
 
 
 def by_tactic(judged: Iterable[Judged]) -> dict[str, list[Judged]]:
-  """The dialogues whose user plays a tactic, by its name, in the order of `TACTICS`."""
+  """The dialogues whose user plays a tactic, in the order of the names."""
   judged = list(judged)
-  grouped = {tactic: [one for one in judged if one.tactic == tactic] for tactic in TACTICS}
+  grouped = {tactic: [one for one in judged if one.tactic == tactic] for tactic in sorted(TACTICS)}
   return {tactic: some for tactic, some in grouped.items() if some}
 
 
