@@ -3,7 +3,7 @@
 The Sentient benchmark (SAGE, arXiv 2505.02847) plays a policy on the scenarios of a file, one
 dialogue each. Presets are the models of configs/grpo.py: `tiny` (the default), `qwen2.5-0.5b`,
 `qwen2.5-1.5b`, `qwen2.5-7b`. `--config.policy.path` names the policy, `--config.simulator.path`
-the simulated user.
+the simulated user. `--config.data.path=adversarial` plays difficult users.
 
 With the preset `fidelity`, or `fidelity,MODEL` with the name of a model, a simulated user appraises
 recorded dialogues anew: `--config.data.recorded=FILE,FILE`.

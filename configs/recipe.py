@@ -171,7 +171,7 @@ def published(path: str) -> dict:
       },
     },
     "data": {
-      # Scenario file in the published format (JSON lines), or `en` or `zh` for the package's.
+      # Scenario file in the published format (JSON lines), or `en`, `zh` or `adversarial` for ours.
       "path": "zh",
       # Where prepared data sets are kept.
       "cache_dir": "~/.cache/rlver_jax/scenarios",

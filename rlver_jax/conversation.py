@@ -28,7 +28,7 @@ from rlver_jax.sources import Sources
 from rlver_jax.terminal import Left
 
 SIMULATOR = "tiny-simulator"  # by default
-EMBEDDED, PACKAGE = ("tiny-held-out", "tiny"), ("en", "zh")  # scenario files
+EMBEDDED, PACKAGE = ("tiny-held-out", "tiny"), ("en", "zh", "adversarial")  # scenario files
 _SMALL_VOCABULARY = 4096
 _DECODE_STEPS = 8  # tokens that appear at a time
 _MANY_TURNS = 10**6

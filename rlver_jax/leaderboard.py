@@ -1,6 +1,6 @@
 """The Sentient benchmark's table from recorded dialogues, whoever recorded them.
 
-    python -m rlver_jax.leaderboard FILE... [--by=character|intention|need]
+    python -m rlver_jax.leaderboard FILE... [--by=character|intention|need|tactic]
         [--scenarios=FILE] [--table=models|differences] [--format=text|markdown|csv] [--skip_broken]
 
 A row for each file: score (the mean final emotion with its bootstrap interval), how many dialogues

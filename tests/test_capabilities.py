@@ -26,8 +26,8 @@ SMALL = {
 }  # fmt: skip
 PLAN = dialogues.Plan("held_out", build.HELPERS["policy"], 0.0, turns=(2, 3))
 WHOLE = {"player": "Mara, 34.", "scene": "The bike is gone.", "topic": "bike"}
-LEFT = ("judged.jsonl", "table.csv", "table.md", "strategies.csv", "strategies.md", "summary.json",
-        "plane.png")  # fmt: skip
+LEFT = ("judged.jsonl", "table.csv", "table.md", "strategies.csv", "strategies.md",
+        "consistency.csv", "consistency.md", "summary.json", "plane.png")  # fmt: skip
 
 
 @pytest.fixture
@@ -157,6 +157,9 @@ def test_broken_records_are_named_and_left_out_when_asked(tmp_path, capsys):
     (lambda line: line["plane"].pop("form"), "as 'plane', expected 1..5"),
     (lambda line: line["replies"].pop(), "found other replies of"),
     (lambda line: line["replies"][0].update(change=9), "found other replies of"),
+    (lambda line: line["replies"][0].update(emotion=9), "found other replies of"),
+    (lambda line: line["replies"][0].update(state="glum"), "found 'glum' as 'state', expected one"),
+    (lambda line: line["replies"][0].pop("state"), "found None as 'state', expected str"),
     (lambda line: line["reasons"].clear(), "as 'reasons'"),
     (lambda line: line.update(id="x"), "found the dialogue 'x', expected one of data.recorded"),
   ],
@@ -208,6 +211,8 @@ def test_a_judge_at_a_server_that_fails_is_asked_again(server, tmp_path):
       return remote_server.Answer(status=503)
     if "last line" in text:
       return remote_server.Answer('It asks, "Tell me", at last.\n4')
+    if "feels at this moment" in text:
+      return remote_server.Answer("unhappy")
     return remote_server.Answer("invite" if "that one name" in text else "2")
 
   server.decide = decide
@@ -218,6 +223,8 @@ def test_a_judge_at_a_server_that_fails_is_asked_again(server, tmp_path):
   assert set(summary["capabilities"].values()) == {4.0} and summary["quoted"] == 1
   assert summary["plane"] == {"orientation": 2.0, "form": 2.0} and "missing" not in text
   assert summary["strategies"]["invite"]["change"] == 2.0  # of -4 and +8
+  # Of emotions 40 and 36: in the third band and in the second.
+  assert summary["consistency"]["consistent"] == 1 and summary["consistency"]["difference"] == -0.5
   assert summary["completion_tokens"] > 0
 
 

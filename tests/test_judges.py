@@ -20,11 +20,20 @@ from rlver_jax.dialogue.dialogue import (
 )
 from rlver_jax.dialogue.remote import player
 from rlver_jax.dialogue.remote.connection import Connection
+from rlver_jax.dialogue.simulators import lexicon as lexicon_lib
 from rlver_jax.errors import UserError
 from rlver_jax.evaluation import fidelity
 from rlver_jax.evaluation.judges import language_model, remote, scripted
 from rlver_jax.evaluation.judges import rubrics as rubrics_lib
-from rlver_jax.evaluation.judges.base import AXES, CAPABILITIES, NAMES, NONE, Judgement
+from rlver_jax.evaluation.judges.base import (
+  AXES,
+  BANDS,
+  CAPABILITIES,
+  NAMES,
+  NONE,
+  STATES,
+  Judgement,
+)
 from rlver_jax.evaluation.judges.language_model import ANSWERS, NUMBERS, LanguageModelJudge
 from rlver_jax.sampling.requests import EngineSettings
 from rlver_jax.sampling.sampler import Sampling
@@ -87,6 +96,37 @@ def test_half_a_character_in_a_reply_can_be_written():
   assert all("Tell me ? more" in text for text in found.reasons.values())
 
 
+@pytest.mark.parametrize(
+  ("reply", "state"),
+  [
+    ("That must hurt a lot.", "unhappy"),
+    ("You sound CRUSHED.", "miserable"),
+    ("You seem calmer today.", "relieved"),
+    ("You must be so happy now!", "happy"),
+    ("It sounds as if you were torn.", "mixed"),
+    ("You feel furious and sad, and, I hear, happy as well.", "unhappy"),
+    ("You must be sad and proud.", "unhappy"),  # the worse one of two
+    ("You do not sound happy.", NONE),
+    ("I would be sad.", NONE),  # of somebody else
+    ("Tell me more about the bike.", NONE),
+    ("", NONE),
+    ("听起来你很难过。", "unhappy"),
+    ("你一定很开心！", "happy"),
+    ("你接着说。", NONE),
+  ],
+)
+def test_a_reply_ascribes_the_state_that_it_names(reply, state):
+  assert scripted.ascribed(reply, "zh" if "一" <= reply[:1] <= "鿿" else "en") == state
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_each_feeling_that_the_scripted_user_knows_has_one_band(language):
+  lexicon = lexicon_lib.load(language)
+  assert tuple(lexicon.bands) == BANDS
+  words = [word for name in BANDS for word in lexicon.bands[name]]
+  assert len(words) == len(set(words)) and set(lexicon.feelings) <= set(words)
+
+
 # The language model.
 
 
@@ -124,25 +164,26 @@ def model_judge(engine, max_reason_tokens=12):
 
 def test_each_choice_is_the_most_probable_of_those_that_are_allowed(engine):
   """Against full passes over every allowed answer, ended as a message is, without a cache: for a
-  name, for a number after a reason and for one without; the other answers by what was scored."""
+  name, a state, a number after a reason and one without; the other answers by what was scored."""
   dialogue = recorded("I hear you. Tell me more.", "Calm down.", index=3)
   found = verdicts(model_judge(engine), {1: dialogue})[1]
   end = builders.tokenizer().chat.assistant_end[0]
-  allowed = [NAMES] * 2 + [NUMBERS] * (len(CAPABILITIES) + len(AXES))
+  allowed = [NAMES, STATES] * 2 + [NUMBERS] * (len(CAPABILITIES) + len(AXES))
   best = []
   for i, (slot, context, logprobs) in enumerate(engine.scored):
     assert slot == 1 and len(logprobs) == len(ANSWERS)
     wanted = [logprobs[ANSWERS.index(answer)] for answer in allowed[i]]
-    if i in (1, 2, 8):
+    if i in (2, 3, 4, 10):
       ids = [[*builders.tokenizer().encode(answer), end] for answer in allowed[i]]
       own, wanted = wanted, builders.sequence_logprobs(engine.model, context, *ids)
       wanted = [x.sum() for x in wanted]
       np.testing.assert_allclose(own, wanted, atol=1e-4)
     best.append(allowed[i][int(np.argmax(wanted))])
-  assert found.strategies == tuple(() if n == NONE else (n,) for n in best[:2])
+  assert found.strategies == tuple(() if n == NONE else (n,) for n in best[:4:2])
+  assert found.states == tuple(best[1:4:2])
   assert len(best) == len(allowed)
-  assert list(found.scores.values()) == [int(n) for n in best[2:7]]
-  assert list(found.plane.values()) == [int(n) for n in best[7:]]
+  assert list(found.scores.values()) == [int(n) for n in best[4:9]]
+  assert list(found.plane.values()) == [int(n) for n in best[9:]]
   numbers = [numbers for _, _, numbers, _ in engine.asked]
   assert numbers == [(HELD_OUT_STEP, 3, i, 1) for i in range(len(CAPABILITIES))]
   texts = [builders.tokenizer().decode(s.ids).strip() for _, s in engine.samples]
@@ -159,7 +200,8 @@ def test_a_dialogue_is_read_once_whatever_is_asked_about_it(engine):
   assert stats.prefilled == system
   # Each question ends a context; what stands before it is the instructions and the conversation.
   frame = len(tokenizer.chat.user_start)
-  texts = [tokenizer.encode("\n\n" + rubrics()["en"].render("strategy"))] * 3
+  about = [rubrics()["en"].render(section) for section in ("strategy", "state")]
+  texts = [tokenizer.encode("\n\n" + question) for question in about] * 3
   for section, names in (("reason", CAPABILITIES), ("axis", AXES)):
     texts += [tokenizer.encode("\n\n" + rubrics()["en"].question(section, n)) for n in names]
   wrap = len(tokenizer.chat.user_end) + len(tokenizer.chat.assistant_start)
@@ -241,7 +283,9 @@ def good(call):
   text = call.messages[-1]["content"]
   if "last line" in text:
     return remote_server.Answer("It asks.\nAnd it stays.\n**4**")
-  return remote_server.Answer("Invite." if "that one name" in text else "5")
+  if "mainly do?" in text:
+    return remote_server.Answer("Invite.")
+  return remote_server.Answer("Mixed" if "feels at this moment" in text else "5")
 
 
 def test_a_server_is_asked_one_question_a_call(server):
@@ -252,11 +296,10 @@ def test_a_server_is_asked_one_question_a_call(server):
   assert found.scores == dict.fromkeys(CAPABILITIES, 4)
   assert set(found.reasons.values()) == {"It asks.\nAnd it stays."}
   assert found.plane == dict.fromkeys(AXES, 5) and found.strategies == (("invite",),) * 2
-  assert len(server.calls) == 2 + len(CAPABILITIES) + len(AXES)
-  early, late = sorted(
-    (c.messages[1]["content"] for c in server.calls if "that one name" in c.messages[1]["content"]),
-    key=len,
-  )
+  assert found.states == ("mixed", "mixed")
+  assert len(server.calls) == 2 + 2 + len(CAPABILITIES) + len(AXES)
+  texts = [call.messages[1]["content"] for call in server.calls]
+  early, late = sorted((text for text in texts if "at this moment" in text), key=len)
   assert "Answer 5" in late and "Answer 5" not in early
   assert late.count(">>>") == 5 and "<|im_end|>" not in late
   assert len({call.body["seed"] for call in server.calls}) == len(server.calls)
@@ -279,7 +322,7 @@ def test_an_answer_that_cannot_be_read_is_asked_for_again_then_given_up(server):
   judge = remote_judge(server)
   found = verdicts(judge, {0: recorded("Tell me more.")})[0]
   assert isinstance(found, Judgement)
-  assert judge.connection.counts["parse_failures"] == 1 + len(CAPABILITIES) + len(AXES)
+  assert judge.connection.counts["parse_failures"] == 2 + len(CAPABILITIES) + len(AXES)
   server.decide = lambda call: remote_server.Answer("Fine.")
   assert verdicts(judge, {0: recorded("Tell me more.", index=1)})[0] == Failed(answered=True)
   server.decide = lambda call: remote_server.Answer(status=400)
@@ -304,6 +347,7 @@ def test_numbers_are_read_strictly(text, number):
 @pytest.mark.parametrize(
   ("old", "new", "found"),
   [
+    ("mixed: neither", "middling: neither", "section 'states' names happy, middling, miserable"),
     ("=== axis ===", "=== axes ===", "unknown section 'axes'"),
     ("guide: asks", "guides: asks", "section 'strategies' names advice, balance, feeling, guides"),
     ("{rubric}", "{rubrics}", "unknown placeholder {rubrics}"),

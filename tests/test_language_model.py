@@ -9,7 +9,7 @@ import pytest
 
 from rlver_jax.dialogue import emotion as emotion_lib
 from rlver_jax.dialogue import templates as templates_lib
-from rlver_jax.dialogue.dialogue import Dialogue, PolicyReply, Rules, Stage
+from rlver_jax.dialogue.dialogue import SILENCE, Dialogue, PolicyReply, Rules, Stage
 from rlver_jax.dialogue.levels import VANILLA, Level
 from rlver_jax.dialogue.simulators import chat as chat_lib
 from rlver_jax.dialogue.simulators import language_model
@@ -123,7 +123,7 @@ class Reading:
     own = self.tokenizer.encode(d.opening.text)
     if not d.scenario.first_message:
       sample, own = self.sampled(opening)
-      assert d.opening.text == (self.tokenizer.decode(own).strip() or chat_lib.SILENCE)
+      assert d.opening.text == (self.tokenizer.decode(own).strip() or SILENCE)
       assert d.opening.tokens == len(sample.ids)
     self.kept = [*opening, *own, *chat.assistant_end]
     for turn in d.turns:
@@ -164,7 +164,7 @@ class Reading:
       message = self.render("message", turn.emotion, change=f"{change:+d}", **fields)
       sample, own = self.sampled([*ask, *chat.user(message), *chat.assistant_start])
       text = self.tokenizer.decode(own).strip()
-      assert turn.message.text == (text or chat_lib.SILENCE)
+      assert turn.message.text == (text or SILENCE)
       assert turn.message.tokens == len(sample.ids)
       # The plan is forgotten; what was said to the helper stays, as it was sampled.
       self.kept += [*quoted, *chat.user_end, *chat.assistant_start, *own, *chat.assistant_end]

@@ -316,12 +316,14 @@ def test_the_shipped_files_are_small_and_complete(tiny):
   assert len(english) / len(tiny.encode(english)) > 1.8
 
 
-def test_the_build_is_deterministic_and_reads_every_text(tmp_path):
+def test_the_build_is_deterministic_and_reads_its_texts(tmp_path):
   prompts, scenarios = tmp_path / "prompts", tmp_path / "scenarios"
   prompts.mkdir(), scenarios.mkdir()
   (prompts / "plan.txt").write_text("Plan the answer. " * 20, "utf-8")
   record = {"id": "never", "task": "你很难过", "cha_group": ["calm calm", {"deep": "deeper"}]}
   (scenarios / "zh.jsonl").write_text(json.dumps(record) + "\n", "utf-8")
+  # A file that came later changes no id.
+  (scenarios / "adversarial.jsonl").write_text('{"task": "another"}\n', "utf-8")
   texts = build_tokenizer.package_texts(prompts, scenarios)
   assert texts == ["Plan the answer. " * 20, "你很难过", "calm calm", "deeper"]
   for name in ("first", "second"):

@@ -127,6 +127,7 @@ BROKEN = {
   "another end": ({"emo_point": 45}, "45 as 'emo_point', expected 44"),
   "another state": ({"emo_state": "Emotion-A"}, "'Emotion-A' as 'emo_state', expected 'Emotion-B'"),
   "the wrong role": ({"history__1__role": "user"}, "'user' as the role of message 2"),
+  "no text": ({"history__3__content": None}, "None as 'content' of message 4, expected a text"),
   "no message": ({"history__3": "Tell me."}, "'Tell me.' as the role of message 4"),
   "no known wish": ({"task": "You want tea."}, "which names no known intention"),
   "no character": ({"character": None}, "None as 'character'"),

@@ -21,6 +21,8 @@ TINY_TOKENIZER = PACKAGE / "assets" / "tiny"
 VOCAB_SIZE = 2048
 END_OF_TEXT, MESSAGE_START, MESSAGE_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, MESSAGE_START, MESSAGE_END)
+# The scenario files that it is trained on; the shipped models know no other ids.
+SCENARIOS = ("en", "tiny", "tiny-held-out", "zh")
 # Every message names its role: often enough that each name is a single token.
 ROLE_TEXTS = ("system", "user", "assistant") * 300
 
@@ -42,8 +44,9 @@ def main() -> None:
 
 
 def package_texts(prompts: pathlib.Path, scenarios: pathlib.Path) -> list[str]:
-  """The prompt files (.txt) and every string of the scenario records (.jsonl), in name order."""
-  prompt_files, scenario_files = sorted(prompts.glob("*.txt")), sorted(scenarios.glob("*.jsonl"))
+  """The prompt files (.txt) and every string of SCENARIOS (.jsonl), in name order."""
+  prompt_files = sorted(prompts.glob("*.txt"))
+  scenario_files = [p for p in sorted(scenarios.glob("*.jsonl")) if p.stem in SCENARIOS]
   for folder, files in ((prompts, prompt_files), (scenarios, scenario_files)):
     if not files:
       raise UserError(f"{folder} holds no text to train the tokenizer on, expected .txt or .jsonl")

@@ -16,6 +16,7 @@ from rlver_jax.dialogue.scenario import Scenario
 
 # The step of dialogues that belong to none of a run's: the last number that a random key holds.
 HELD_OUT_STEP = 2**32 - 1
+SILENCE = "…"  # what stands for a message in which the user says nothing, which is an answer too
 
 
 class Stage(enum.Enum):
@@ -71,12 +72,20 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class UserMessage:
-  """What the user says; `ids` are the simulator's own token ids of it, where it sampled any."""
+  """What the user says; `ids` are the simulator's own token ids of it, where it sampled any.
+
+  A text without any character but blanks becomes SILENCE: chats have no empty messages, and in a
+  record an empty one says that the user has left.
+  """
 
   text: str
   goodbye: bool = False
   tokens: int = 0
   ids: tuple[int, ...] | None = None
+
+  def __post_init__(self):
+    if not self.text.strip():
+      object.__setattr__(self, "text", SILENCE)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,8 +3,8 @@
 A record holds the profile's fields, the final emotion and its state, and `history`: a list of
 messages, the user's with `emotion-point` and the `planning` that led to it. Added here: the
 place in the batch, the user's level, why the dialogue ended, token counts, the policy's thoughts,
-the user's traits, and the token ids that a language-model user sampled, from which its chat can be
-read again.
+the user's traits, the tactic of a difficult one, and the token ids that a language-model user
+sampled, from which its chat can be read again.
 """
 
 import os
@@ -13,7 +13,9 @@ from typing import Any
 
 from rlver_jax import json_lines
 from rlver_jax.dialogue import emotion as emotion_lib
+from rlver_jax.dialogue import scenario as scenario_lib
 from rlver_jax.dialogue.dialogue import (
+  SILENCE,
   Dialogue,
   Plan,
   PolicyReply,
@@ -23,7 +25,6 @@ from rlver_jax.dialogue.dialogue import (
   UserMessage,
 )
 from rlver_jax.dialogue.scenario import Scenario
-from rlver_jax.dialogue.simulators.chat import SILENCE
 from rlver_jax.json_lines import Misfit, field
 from rlver_jax.tokenizer import Tokenizer
 
@@ -31,6 +32,7 @@ from rlver_jax.tokenizer import Tokenizer
 def record(dialogue: Dialogue) -> dict[str, Any]:
   """One finished dialogue as a JSON object."""
   s = dialogue.scenario
+  tactic = {"tactic": s.tactic} if s.tactic else {}
   history = []
   if dialogue.opening is not None:
     history.append(_user(dialogue.opening, dialogue.rules.initial_emotion, None))
@@ -49,6 +51,7 @@ def record(dialogue: Dialogue) -> dict[str, Any]:
     "traits": list(s.traits),
     "topic": s.topic,
     "task": s.task,
+    **tactic,
     "history": history,
     "dialogue": dialogue.index,
     "group": dialogue.group,
@@ -129,7 +132,8 @@ def scenario_of(record: Any) -> Scenario:
   traits = field(record, "traits", list, [])  # which records of others lack
   if not all(isinstance(trait, str) for trait in traits):
     raise Misfit(f"{traits!r:.60} as 'traits', expected a list of strings")
-  return Scenario(**found, traits=tuple(traits), topic=field(record, "topic", str, ""))
+  topic, tactic = field(record, "topic", str, ""), scenario_lib.tactic_of(record)
+  return Scenario(**found, traits=tuple(traits), topic=topic, tactic=tactic)
 
 
 def dialogue_of(record: Any, scenario: Scenario, rules: Rules) -> Dialogue:

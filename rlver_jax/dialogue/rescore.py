@@ -120,7 +120,7 @@ def _recorded(record, scenarios, rules, levels, tokenizer) -> Recorded:
   start = Dialogue(index, group, scenario, own_rules)
   sampled = [turn.message for turn in turns]
   if scenario.first_message:
-    if record["history"] and (opening is None or opening.text != scenario.first_message):
+    if record["history"] and (opening is None or opening.text != start.opening.text):
       raise Misfit("another opening than that of the scenario")
   elif opening is not None:
     start.advance(opening)

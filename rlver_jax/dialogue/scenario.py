@@ -2,8 +2,9 @@
 
 A scenario file holds one JSON object a line, in the format of RLVER's published profiles:
 `id`, `player` (persona), `scene` (background), `main_cha` (character type), `cha_group`
-(traits), `task` (hidden intention), and optionally `topic` and `first_talk` (opening line).
-Other keys are allowed and left alone. `scenario_dataset.py` turns a file into records;
+(traits), `task` (hidden intention), and optionally `topic` and `first_talk` (opening line). Ours
+may have a `tactic` besides, one of `TACTICS`: how a difficult user tries the helper. Other keys are
+allowed and left alone. `scenario_dataset.py` turns a file into records;
 `batch_indices` says which of them a training step uses.
 """
 
@@ -22,7 +23,11 @@ from rlver_jax.permutation import permutation
 
 EMOTIONAL = ("listen", "empathy", "praise", "agree")
 RATIONAL = ("advice", "reflect", "balance", "motives")
-PACKAGE_FILES = ("en", "zh", "tiny", "tiny-held-out")
+PACKAGE_FILES = ("en", "zh", "adversarial", "tiny", "tiny-held-out")
+# What a difficult user does: deny what was said; grow angrier with every turn; accept nothing but
+# unconditional approval; say the opposite of before; ask for a blessing on harm; say next to
+# nothing.
+TACTICS = ("gaslighting", "escalation", "validation", "contradiction", "baiting", "silence")
 
 # What tells the eight hidden intentions apart in the text of a task.
 _INTENTION_PATTERNS = {
@@ -45,6 +50,7 @@ _JSON_KEYS = {
   "task": "task",
   "topic": "topic",
   "first_message": "first_talk",
+  "tactic": "tactic",
 }
 _OPTIONAL = ("topic", "first_message")
 
@@ -61,6 +67,7 @@ class Scenario:
   task: str  # the hidden intention as a sentence
   topic: str = ""
   first_message: str = ""  # "": the simulator writes the opening line
+  tactic: str = ""  # one of TACTICS, "" for a user who plays none
 
   @property
   def language(self) -> str:
@@ -97,6 +104,18 @@ def intention_of(task: str) -> str:
       "view, the motives of others"
     )
   return found[0]
+
+
+def tactic_of(record: dict) -> str:
+  """The tactic of a scenario or a recorded dialogue, one of `TACTICS`; "" where it has none.
+
+  Raises:
+    Misfit: if it has another.
+  """
+  tactic = record.get("tactic", "")
+  if "tactic" in record and tactic not in TACTICS:
+    raise Misfit(f"field 'tactic' is {_short(tactic)}, expected one of {', '.join(TACTICS)}")
+  return tactic
 
 
 def resolve(path: str) -> pathlib.Path:
@@ -170,6 +189,8 @@ def parse(line: str, path: str | pathlib.Path, number: int) -> Scenario:
   for name, key in _JSON_KEYS.items():
     if name == "traits":
       fields[name] = _traits(record, key, where)
+    elif name == "tactic":
+      fields[name] = _tactic(record, where)
     elif key in record or name not in _OPTIONAL:
       fields[name] = _text(record, key, where, may_be_empty=name in _OPTIONAL)
   _intention(fields["task"], where)
@@ -179,6 +200,8 @@ def parse(line: str, path: str | pathlib.Path, number: int) -> Scenario:
 def as_record(scenario: Scenario) -> dict[str, Any]:
   """The scenario in the published format, of which `parse` reads one line."""
   values = {key: getattr(scenario, name) for name, key in _JSON_KEYS.items()}
+  if not scenario.tactic:
+    del values["tactic"]
   return values | {_JSON_KEYS["traits"]: list(scenario.traits)}
 
 
@@ -203,6 +226,13 @@ def batch_indices(length: int, step: int, batch_size: int, seed: int) -> list[in
 def _intention(task: str, where: str) -> str:
   try:
     return intention_of(task)
+  except Misfit as misfit:
+    raise UserError(f"{where}: {misfit}.") from misfit
+
+
+def _tactic(record: dict, where: str) -> str:
+  try:
+    return tactic_of(record)
   except Misfit as misfit:
     raise UserError(f"{where}: {misfit}.") from misfit
 

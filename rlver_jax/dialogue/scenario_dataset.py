@@ -31,7 +31,7 @@ class ScenarioDataset(tfds.core.GeneratorBasedBuilder):
   `scenarios` are what `download_and_prepare` writes; to read prepared records, leave them out.
   """
 
-  VERSION = tfds.core.Version("1.0.0")  # to be raised when the fields of a record change
+  VERSION = tfds.core.Version("1.1.0")  # to be raised when the fields of a record change
 
   def __init__(self, *, scenarios: Sequence[Scenario] = (), **kwargs):
     self._scenarios = scenarios

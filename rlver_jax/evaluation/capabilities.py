@@ -1,13 +1,15 @@
 """What a policy is good at: recorded dialogues, judged.
 
 For each dialogue a judge (see `judges/`) gives five core capabilities a mark from 1 to 5 with a
-reason that quotes a reply, says which strategies each appraised reply uses, and places the whole on
-the social-cognition plane. What is left in the run's folder:
+reason that quotes a reply, says which strategies each appraised reply uses and how it says that the
+user feels (see `consistency.py`), and places the whole on the social-cognition plane. What is left
+in the run's folder:
 
   judged.jsonl      a line for each dialogue, as soon as it is judged; when all are, in the order of
                     the files. One that has no room in judge.cache_length has "room": false
   table.csv, table.md   the marks, by file and over all
   strategies.csv, strategies.md   how often each strategy is used, and what it brings
+  consistency.csv, consistency.md   how well what is said of the user's feelings fits the records
   plane.png         the plane
   summary.json      over all
 
@@ -29,12 +31,20 @@ from rlver_jax import workdir as workdir_lib
 from rlver_jax.dialogue.dialogue import Failed, NoRoom
 from rlver_jax.dialogue.rescore import Recorded
 from rlver_jax.errors import UserError
+from rlver_jax.evaluation import consistency, plane, recorded_files, tables
 from rlver_jax.evaluation import judged as judged_lib
-from rlver_jax.evaluation import plane, recorded_files, tables
 from rlver_jax.evaluation.judged import Judged
 from rlver_jax.evaluation.judges import language_model
 from rlver_jax.evaluation.judges import rubrics as rubrics_lib
-from rlver_jax.evaluation.judges.base import AXES, CAPABILITIES, LEAST, MOST, Judge, Judgement
+from rlver_jax.evaluation.judges.base import (
+  AXES,
+  CAPABILITIES,
+  LEAST,
+  MOST,
+  STATES,
+  Judge,
+  Judgement,
+)
 from rlver_jax.evaluation.judges.rubrics import Rubrics
 from rlver_jax.evaluation.judges.scripted import ScriptedJudge
 from rlver_jax.evaluation.recorded_files import Key
@@ -45,7 +55,14 @@ from rlver_jax.models.source import ModelSource
 from rlver_jax.sampling.engine import Engine
 from rlver_jax.sampling.sampler import Sampling
 
-JUDGED, PLANE, STRATEGIES = "judged.jsonl", "plane.png", "strategies"
+JUDGED, PLANE = "judged.jsonl", "plane.png"
+
+# The tables, by the names of their files.
+_BOARDS = {
+  "table": judged_lib.board,
+  "strategies": judged_lib.strategies_board,
+  "consistency": consistency.board,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +116,7 @@ def describe(
 ) -> str:
   """The text for the terminal."""
   by_file = _by_file(_found(workdir, sources))
-  boards = judged_lib.board(by_file), judged_lib.strategies_board(by_file)
+  boards = [board(by_file) for board in _BOARDS.values()]
   notes = []
   if failed := summary["failed"]:
     notes.append(f"{failed} dialogues are missing: their judge failed; the command goes on.")
@@ -183,13 +200,17 @@ def _line(key: Key, found: Judged | None) -> dict[str, Any]:
   line = {"file": key[0], "id": key[1], "room": found is not None}
   if found is None:
     return line
-  replies = zip(found.judgement.strategies, found.changes, strict=True)
+  j = found.judgement
+  replies = zip(j.strategies, found.changes, j.states, found.emotions, strict=True)
   return line | {
-    "scores": found.judgement.scores,
-    "plane": found.judgement.plane,
-    "reasons": found.judgement.reasons,
+    "scores": j.scores,
+    "plane": j.plane,
+    "reasons": j.reasons,
     "quoted": found.quoted,
-    "replies": [{"strategies": list(names), "change": change} for names, change in replies],
+    "replies": [
+      {"strategies": list(names), "change": change, "state": state, "emotion": emotion}
+      for names, change, state, emotion in replies
+    ],
   }
 
 
@@ -205,13 +226,21 @@ def _found(workdir: pathlib.Path, sources: JudgeSources) -> dict[Key, Judged | N
       raise Misfit(f"{list(reasons)!r:.60} as 'reasons', expected one for each capability")
     replies = field(line, "replies", list)
     strategies = tuple(tuple(field(reply, "strategies", list)) for reply in replies)
+    states = tuple(_state_of(reply) for reply in replies)
     if len(strategies) == len(recorded.turns):
-      found = Judged.of(Judgement(scores, reasons, places, strategies), recorded)
+      found = Judged.of(Judgement(scores, reasons, places, strategies, states), recorded)
       if _line((line["file"], line["id"]), found) == line:
         return found
     raise Misfit(f"other replies of {line['id']!r:.60}, expected those of data.recorded")
 
   return recorded_files.kept(workdir / JUDGED, sources.dialogues, make, "what this judge wrote")
+
+
+def _state_of(reply: Any) -> str:
+  state = field(reply, "state", str)
+  if state not in STATES:
+    raise Misfit(f"{state!r:.60} as 'state', expected one of {', '.join(STATES)}")
+  return state
 
 
 def _numbers(line: Any, name: str, expected: tuple[str, ...]) -> dict[str, int]:
@@ -238,9 +267,9 @@ def _write(workdir: pathlib.Path, sources: JudgeSources) -> dict[str, Any]:
   by_file = _by_file(found)
   with workdir_lib.writing(workdir):
     json_lines.write(workdir / JUDGED, (_line(key, one) for key, one in found.items()))
-    tables.write(judged_lib.board(by_file), workdir)
-    tables.write(judged_lib.strategies_board(by_file), workdir, STRATEGIES)
+    for name, board in _BOARDS.items():
+      tables.write(board(by_file), workdir, name)
     plane.draw(by_file, workdir / PLANE)
-    told = judged_lib.summary(judged)
+    told = judged_lib.summary(judged) | {"consistency": consistency.summary(judged)}
     told |= {"failed": len(sources.dialogues) - len(found), "no_room": len(found) - len(judged)}
     return metrics_lib.save_summary(workdir, told | workdir_lib.read_spent(workdir))

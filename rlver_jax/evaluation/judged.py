@@ -22,18 +22,24 @@ SHORT = dict(zip(CAPABILITIES, ("depth", "insight", "solutions", "guidance", "st
 @dataclasses.dataclass(frozen=True)
 class Judged:
   """A judged dialogue. quoted: whether the reason for each capability quotes a reply to the letter;
-  changes: of emotion, in points, that each appraised reply brought."""
+  changes: of emotion, in points, that each appraised reply brought; emotions: the user's when each
+  was written. tactic: of the scenario, "" for none."""
 
   judgement: Judgement
   quoted: dict[str, bool]
   changes: tuple[int, ...]
+  emotions: tuple[int, ...]
+  tactic: str = ""
 
   @classmethod
   def of(cls, judgement: Judgement, recorded: Recorded) -> "Judged":
     """From a judgement and the dialogue that it is about."""
     replies = [turn.reply.text for turn in recorded.turns]
     quoted = {name: quotes(reason, replies) for name, reason in judgement.reasons.items()}
-    return cls(judgement, quoted, tuple(turn.plan.change for turn in recorded.turns))
+    start, changes = recorded.start, tuple(turn.plan.change for turn in recorded.turns)
+    after = [turn.emotion for turn in recorded.turns]
+    emotions = (start.rules.initial_emotion, *after[:-1])
+    return cls(judgement, quoted, changes, emotions, start.scenario.tactic)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,11 +131,11 @@ def board(by_file: dict[str, list[Judged]]) -> tables.Rows:
   for name in CAPABILITIES:
     head += [SHORT[name], Range(f"{SHORT[name]} low", f"{SHORT[name]} high", "95%")]
   rows = [[*head, *AXES, "quoted"]]
-  for name, judged in _with_all(by_file):
+  for name, judged in with_all(by_file):
     cells: list[str | Range] = [name, str(len(judged))]
     for capability in CAPABILITIES:
       values = np.array([j.judgement.scores[capability] for j in judged])
-      cells += [f"{values.mean():.2f}", _range(scores.interval(values))]
+      cells += [f"{values.mean():.2f}", span(scores.interval(values))]
     places = [f"{value:.2f}" for value in place(judged).values()]
     rows.append([*cells, *places, f"{quoted_share(judged):.0%}"])
   return rows
@@ -139,20 +145,22 @@ def strategies_board(by_file: dict[str, list[Judged]]) -> tables.Rows:
   """For each file, and with several for all, a row for each strategy."""
   rows = [["dialogues of", "strategy", "replies", "share", "mean change",
            Range("change low", "change high", "95%"), "positive"]]  # fmt: skip
-  for name, judged in _with_all(by_file):
+  for name, judged in with_all(by_file):
     for strategy, e in effects(judged).items():
       row: list[str | Range] = [name, strategy, str(e.replies), f"{e.share:.1%}"]
       if e.change is None:
         rows.append([*row, "-", Range("-", "-", "-"), "-"])
       else:
-        rows.append([*row, f"{e.change:+.2f}", _range(e.interval, "+"), f"{e.positive:.0%}"])
+        rows.append([*row, f"{e.change:+.2f}", span(e.interval, "+"), f"{e.positive:.0%}"])
   return rows
 
 
-def _with_all(by_file: dict[str, list[Judged]]) -> list[tuple[str, list[Judged]]]:
+def with_all(by_file: dict[str, list[Judged]]) -> list[tuple[str, list[Judged]]]:
+  """The files with their dialogues, and after several all of these."""
   every = [one for some in by_file.values() for one in some]
   return [*by_file.items(), *([("all", every)] if len(by_file) > 1 else [])]
 
 
-def _range(bounds: tuple[float, float], sign: str = "") -> Range:
+def span(bounds: tuple[float, float], sign: str = "") -> Range:
+  """A cell with the bounds of an interval."""
   return Range(*(f"{bound:{sign}.2f}" for bound in bounds))

@@ -22,11 +22,12 @@ CONFIDENCE = 0.95
 RESAMPLES = 9999
 _BATCH = 10**6  # numbers of a permutation test that are in memory at a time
 
-# What dialogues can be grouped by.
+# What dialogues can be grouped by; one with None is in no group.
 GROUPS = {
   "character": lambda t: t.character,
   "intention": lambda t: t.intention,
   "need": lambda t: "emotional" if t.intention in EMOTIONAL else "rational",
+  "tactic": lambda t: t.tactic or None,
 }
 
 
@@ -80,7 +81,8 @@ def grouped(transcripts: Iterable[Transcript], by: str) -> dict[str, list[Transc
   """The dialogues by one of `GROUPS`, the groups in the order of their names."""
   found: dict[str, list[Transcript]] = {}
   for transcript in transcripts:
-    found.setdefault(GROUPS[by](transcript), []).append(transcript)
+    if (group := GROUPS[by](transcript)) is not None:
+      found.setdefault(group, []).append(transcript)
   return dict(sorted(found.items()))
 
 

@@ -3,8 +3,8 @@
 A file holds one JSON object a line, in the format of recorded Sentient-benchmark dialogues (see
 `dialogue/records.py`, which writes it). Read are the fields that scores depend on: `id`,
 `character`, `task`, `emo_point`, `emo_state`, and of `history` the roles, the user's
-`emotion-point` and `planning.change`; where they are there also `tokens` and `end`. Every emotion
-is computed again from the changes.
+`emotion-point` and `planning.change`; where they are there also `tokens`, `end` and `tactic`. Each
+message must have a text. Every emotion is computed again from the changes.
 """
 
 import codecs
@@ -31,6 +31,7 @@ class Transcript:
   replies: how many the policy gave, at least one; tokens: those that it sampled, None where the
   record does not say. character: the type's English name (negative, passive,
   avoidant), or as the record has it. intention: one of `scenario.EMOTIONAL` and `RATIONAL`.
+  tactic: one of `scenario.TACTICS`, "" for none.
   """
 
   id: str
@@ -39,6 +40,7 @@ class Transcript:
   emotions: tuple[int, ...]
   replies: int
   tokens: int | None = None
+  tactic: str = ""
 
   @property
   def final(self) -> int:
@@ -154,6 +156,7 @@ def transcript(record: Any) -> Transcript:
     tuple(emotions),
     len(history) // 2,
     _tokens(record.get("tokens")),
+    scenario_lib.tactic_of(record),
   )
 
 
@@ -173,11 +176,14 @@ def _tokens(counts: Any) -> int | None:
 
 
 def _role(history: list, i: int) -> str:
-  """The role of a message, which has to be the user's and the policy's in turn."""
+  """The role of a message: the user's and the policy's have to take turns, and each has a text."""
   expected = ("user", "assistant")[i % 2]
   role = history[i].get("role") if isinstance(history[i], dict) else history[i]
   if role != expected:
     raise Misfit(f"{role!r:.60} as the role of message {i + 1}, expected '{expected}'")
+  content = history[i].get("content")
+  if not isinstance(content, str):
+    raise Misfit(f"{content!r:.60} as 'content' of message {i + 1}, expected a text")
   return expected
 
 

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from rlver_jax.dialogue.dialogue import Answer, Dialogue, PolicyReply
+from rlver_jax.dialogue.dialogue import SILENCE, Answer, Dialogue, PolicyReply
 from rlver_jax.dialogue.policy import POLICY_CALL, split_text
 from rlver_jax.dialogue.remote import player
 from rlver_jax.dialogue.remote.connection import (
@@ -19,7 +19,6 @@ from rlver_jax.dialogue.remote.player import (
   system,
   user,
 )
-from rlver_jax.dialogue.simulators.chat import SILENCE
 from rlver_jax.dialogue.templates import Templates
 
 

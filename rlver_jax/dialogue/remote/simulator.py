@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from rlver_jax.dialogue.answers import PLAN_FIELDS, parse_change
 from rlver_jax.dialogue.dialogue import (
+  SILENCE,
   Answer,
   Dialogue,
   Plan,
@@ -36,7 +37,7 @@ from rlver_jax.dialogue.remote.player import (
   user,
 )
 from rlver_jax.dialogue.simulators.base import Simulator
-from rlver_jax.dialogue.simulators.chat import SILENCE, persona_text, question_text
+from rlver_jax.dialogue.simulators.chat import persona_text, question_text
 from rlver_jax.dialogue.simulators.language_model import SimulatorSettings
 from rlver_jax.dialogue.templates import Templates
 

@@ -13,8 +13,6 @@ from rlver_jax.dialogue.scenario import Scenario
 from rlver_jax.dialogue.templates import Templates
 from rlver_jax.tokenizer import Tokenizer
 
-SILENCE = "…"  # what the user says when the model says nothing
-
 
 def persona_text(templates: Templates, scenario: Scenario) -> str:
   """What all dialogues of one scenario begin with: instructions, persona, background."""

@@ -21,7 +21,7 @@ from rlver_jax.dialogue.dialogue import (
 )
 from rlver_jax.dialogue.scenario import Scenario
 from rlver_jax.dialogue.simulators.base import Simulator
-from rlver_jax.dialogue.simulators.chat import SILENCE, UserChat, persona_ids
+from rlver_jax.dialogue.simulators.chat import UserChat, persona_ids
 from rlver_jax.dialogue.templates import PLAN_FIELDS, Templates
 from rlver_jax.errors import UserError
 from rlver_jax.sampling.choices import Choices
@@ -211,10 +211,10 @@ class LanguageModelSimulator(Simulator):
     chat.tokens += len(sample.ids)
     match chat.dialogue.stage:
       case Stage.OPENING:
-        return UserMessage(text or SILENCE, tokens=len(sample.ids), ids=tuple(own))
+        return UserMessage(text, tokens=len(sample.ids), ids=tuple(own))
       case Stage.MESSAGE:
         goodbye = self._template(chat.dialogue).is_goodbye(text)
-        return UserMessage(text or SILENCE, goodbye, len(sample.ids), tuple(own))
+        return UserMessage(text, goodbye, len(sample.ids), tuple(own))
     chat.appraisal = text
     fields, change = self._template(chat.dialogue).parse_plan(text, cut=not sample.stopped)
     reads = self.settings.score == "generate"

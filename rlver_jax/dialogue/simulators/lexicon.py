@@ -47,6 +47,7 @@ class Lexicon:
   hinted: dict[str, tuple[str, ...]]  # intention -> phrases of a user who hints at it ...
   said: dict[str, tuple[str, ...]]  # ... and of one who asks for it
   feelings: tuple[str, ...]
+  bands: dict[str, tuple[str, ...]]  # how well one feels -> words for it
   negators: tuple[str, ...]
   not_negators: tuple[str, ...]
   stopwords: frozenset[str]
@@ -73,6 +74,7 @@ def load(language: str) -> Lexicon:
       for kind in ("cues", "hinted", "said")
     },
     feelings=plain(table["feelings"]["words"].split()),
+    bands={name: plain(words.split()) for name, words in table["bands"].items()},
     negators=plain(table["negators"]),
     not_negators=plain(table["not_negators"]),
     stopwords=frozenset(_stem(w) for w in words.split()) if language == "en" else frozenset(words),

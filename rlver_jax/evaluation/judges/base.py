@@ -15,6 +15,10 @@ AXES = ("orientation", "form")
 LEAST, MOST = 1, 5  # of a capability and on an axis
 NONE = "none"  # a reply that uses no strategy
 NAMES = (*STRATEGIES, NONE)
+# How a reply can say that the user feels, from worst to best: names of five bands of emotion, see
+# `consistency.py`.
+BANDS = ("miserable", "unhappy", "mixed", "relieved", "happy")
+STATES = (*BANDS, NONE)  # none: it says nothing of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +26,15 @@ class Judgement:
   """What a judge found in one dialogue.
 
   scores: of each of CAPABILITIES, reasons: for it, plane: the place on each of AXES; integers in
-  LEAST..MOST. strategies: of each appraised reply the STRATEGIES that it uses, perhaps none.
+  LEAST..MOST. strategies: of each appraised reply the STRATEGIES that it uses, perhaps none;
+  states: of each the one of STATES that it ascribes to the user.
   """
 
   scores: dict[str, int]
   reasons: dict[str, str]
   plane: dict[str, int]
   strategies: tuple[tuple[str, ...], ...]
+  states: tuple[str, ...]
 
 
 # NoRoom: the dialogue is too long for the judge; Failed: who was asked gave no answer to be read.

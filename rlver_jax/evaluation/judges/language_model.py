@@ -5,7 +5,8 @@ wanted and what both said. Wherever something is asked, that message ends with t
 question and its answer are then forgotten, and the engine finds that it holds all before them. So
 a dialogue is read once, whatever is asked about it:
 
-  after each reply    its strategy, the most probable of the names
+  after each reply    its strategy and the state that it ascribes to the user, for each the most
+                      probable of the names
   at the end          for each capability a reason, which is written, and after it the most
                       probable of the integers 1..5; for each axis that integer alone
 """
@@ -19,11 +20,13 @@ from rlver_jax.dialogue.dialogue import HELD_OUT_STEP, NoRoom
 from rlver_jax.dialogue.rescore import Recorded
 from rlver_jax.evaluation.judges.base import (
   AXES,
+  BANDS,
   CAPABILITIES,
   LEAST,
   MOST,
   NAMES,
   NONE,
+  STATES,
   Judge,
   Judgement,
   Verdict,
@@ -36,7 +39,7 @@ from rlver_jax.tokenizer import Tokenizer
 
 REASON_CALL = 1
 NUMBERS = tuple(str(number) for number in range(LEAST, MOST + 1))
-ANSWERS = (*NUMBERS, *NAMES)
+ANSWERS = (*NUMBERS, *NAMES, *BANDS)  # none is the same answer to both questions about a reply
 
 
 def answer_choices(tokenizer: Tokenizer) -> Choices:
@@ -115,12 +118,13 @@ class LanguageModelJudge(Judge):
   def _judge(self, recorded: Recorded) -> _Asking:
     """All that is asked about one dialogue, in turn."""
     rubrics = self._rubrics_of(recorded)
-    kept, strategies = [*self._system(rubrics), *self._wrap.user_start], []
+    kept, strategies, states = [*self._system(rubrics), *self._wrap.user_start], [], []
     *at_replies, rest = read_aloud(rubrics, recorded)
     for new in at_replies:
       kept += self._encoded(new)
       name = yield _Choose([*kept, *self._below(rubrics.render("strategy"))], NAMES)
       strategies.append(() if name == NONE else (name,))
+      states.append((yield _Choose([*kept, *self._below(rubrics.render("state"))], STATES)))
     kept += self._encoded(rest)
     scores, reasons = {}, {}
     for question, name in enumerate(CAPABILITIES):
@@ -135,7 +139,7 @@ class LanguageModelJudge(Judge):
     for axis in AXES:
       number = yield _Choose([*kept, *self._below(rubrics.question("axis", axis))], NUMBERS)
       plane[axis] = int(number)
-    return Judgement(scores, reasons, plane, tuple(strategies))
+    return Judgement(scores, reasons, plane, tuple(strategies), tuple(states))
 
   def _most(self, recorded: Recorded) -> tuple[list[int], int]:
     """The longest context that a dialogue needs, and the tokens that are written after it."""
@@ -143,7 +147,8 @@ class LanguageModelJudge(Judge):
     pieces = [piece for new in read_aloud(rubrics, recorded) for piece in new]
     whole = [*self._system(rubrics), *self._wrap.user_start, *self._encoded(pieces)]
     reasons = [self._below(rubrics.question("reason", name)) for name in CAPABILITIES]
-    others = [rubrics.question("axis", axis) for axis in AXES] + [rubrics.render("strategy")]
+    others = [rubrics.question("axis", axis) for axis in AXES]
+    others += [rubrics.render(section) for section in ("strategy", "state")]
     written = [*max(reasons, key=len), *self._then(rubrics)]
     chosen = max(map(self._below, others), key=len)
     if len(written) + self._max_reason_tokens >= len(chosen):

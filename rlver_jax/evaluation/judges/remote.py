@@ -6,9 +6,10 @@ asked for is asked for again with other seeds.
 """
 
 import asyncio
+import functools
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 from ml_collections import ConfigDict
@@ -30,13 +31,14 @@ from rlver_jax.evaluation.judges.base import (
   MOST,
   NAMES,
   NONE,
+  STATES,
   Judge,
   Judgement,
 )
 from rlver_jax.evaluation.judges.rubrics import Rubrics, read_aloud
 
 Found = TypeVar("Found")
-STRATEGY_CALL, CAPABILITY_CALL, AXIS_CALL = 1, 2, 3
+STRATEGY_CALL, CAPABILITY_CALL, AXIS_CALL, STATE_CALL = 1, 2, 3, 4
 SHORT = 16  # tokens of an answer that is a number or a name
 _AROUND = "*_`~\"'“”.。 \t\r\n"  # what may stand around a number or a name
 
@@ -100,8 +102,13 @@ class RemoteJudge(RemotePlayer, Judge):
       text = f"{shown[at]}\n\n{question}"
       return self._ask(recorded, rubrics.system, text, (number, call), budget, parse)
 
-    replies, name = range(len(recorded.turns)), rubrics.render("strategy")
-    calls = [ask(at, name, STRATEGY_CALL, at, parse_name) for at in replies]
+    replies, calls = range(len(recorded.turns)), []
+    for section, call, names in (
+      ("strategy", STRATEGY_CALL, NAMES),
+      ("state", STATE_CALL, STATES),
+    ):
+      parse = functools.partial(parse_name, names=names)
+      calls += [ask(at, rubrics.render(section), call, at, parse) for at in replies]
     for number, capability in enumerate(CAPABILITIES):
       question = rubrics.question("reason_and_number", capability)
       calls.append(ask(-1, question, CAPABILITY_CALL, number, parse_reason))
@@ -111,13 +118,15 @@ class RemoteJudge(RemotePlayer, Judge):
     if failures := [answer for answer in found if isinstance(answer, BaseException)]:
       # A fault of the server's rather than what it made of one question.
       raise min(failures, key=lambda failure: isinstance(failure, Unreadable))
-    names, found = found[: len(replies)], found[len(replies) :]
+    names, states = found[: len(replies)], found[len(replies) : 2 * len(replies)]
+    found = found[2 * len(replies) :]
     marks, places = found[: len(CAPABILITIES)], found[len(CAPABILITIES) :]
     return Judgement(
       {name: number for name, (_, number) in zip(CAPABILITIES, marks, strict=True)},
       {name: reason for name, (reason, _) in zip(CAPABILITIES, marks, strict=True)},
       dict(zip(AXES, places, strict=True)),
       tuple(() if name == NONE else (name,) for name in names),
+      tuple(states),
     )
 
   async def _ask(
@@ -153,7 +162,7 @@ def parse_reason(text: str) -> tuple[str, int] | None:
   return (reason.strip(), number) if number is not None and reason.strip() else None
 
 
-def parse_name(text: str) -> str | None:
-  """The one of NAMES that is all of a text, or None."""
+def parse_name(text: str, names: Collection[str]) -> str | None:
+  """The one of the names that is all of a text, or None."""
   name = unicodedata.normalize("NFKC", text).casefold().strip(_AROUND)
-  return name if name in NAMES else None
+  return name if name in names else None

@@ -15,15 +15,19 @@ from rlver_jax.dialogue.rescore import Recorded
 from rlver_jax.dialogue.sections import Parts
 from rlver_jax.dialogue.simulators.appraisal import STRATEGIES
 from rlver_jax.errors import UserError
-from rlver_jax.evaluation.judges.base import AXES, CAPABILITIES
+from rlver_jax.evaluation.judges.base import AXES, BANDS, CAPABILITIES
 
+# Sections that say what names mean, a line 'name: meaning' for each.
+MEANINGS = {"strategies": STRATEGIES, "states": BANDS}
 SECTIONS = {  # section -> the placeholders that it must have, and no others
-  "system": ("strategies",),
+  "system": ("strategies", "states"),
   "strategies": (),
+  "states": (),
   "intention": ("text",),
   "user": ("text",),
   "helper": ("text",),
   "strategy": (),
+  "state": (),
   "reason": ("rubric",),
   "number": (),
   "reason_and_number": ("rubric",),
@@ -43,10 +47,12 @@ class Rubrics:
 
   @property
   def system(self) -> str:
-    """What a judge's chat begins with; it has the strategies with their meanings."""
-    lines = sections_lib.literal(self.sections["strategies"]).splitlines()
-    listed = "\n".join(f"- {line.strip()}" for line in lines if line.strip())
-    return self.render("system", strategies=listed)
+    """What a judge's chat begins with; it has the names of MEANINGS with what they mean."""
+    listed = {
+      section: "\n".join(f"- {line}" for line in _lines(self.sections[section]))
+      for section in MEANINGS
+    }
+    return self.render("system", **listed)
 
   def render(self, section: str, **fields: object) -> str:
     """A section's text with its fields, which are not quoted."""
@@ -92,18 +98,25 @@ def load(language: str, folder: str = "") -> Rubrics:
   """Reads FOLDER/{language}.txt, the package's own where `folder` is empty.
 
   Raises UserError for a file that cannot be read, a section that is missing, unknown, empty or
-  there twice, a placeholder that is missing or unknown, and other strategies than there are.
+  there twice, a placeholder that is missing or unknown, and other strategies or states than there
+  are.
   """
   package = importlib.resources.files("rlver_jax") / "assets" / "rubrics"
   path = pathlib.Path(folder).expanduser() if folder else pathlib.Path(str(package))
   path = path / f"{language}.txt"
   sections, first_line = sections_lib.read(path, SECTIONS, "rubrics")
   sections_lib.check_all_there(path, sections, SECTIONS)
-  lines = sections_lib.literal(sections["strategies"]).splitlines()
-  named = sorted(line.partition(":")[0].strip() for line in lines if line.strip())
-  if named != sorted(STRATEGIES):
-    raise UserError(
-      f"{path}, line {first_line['strategies']}: section 'strategies' names {', '.join(named)}, "
-      f"expected a line 'name: meaning' for each of {', '.join(STRATEGIES)}."
-    )
+  for section, names in MEANINGS.items():
+    named = sorted(line.partition(":")[0].strip() for line in _lines(sections[section]))
+    if named != sorted(names):
+      raise UserError(
+        f"{path}, line {first_line[section]}: section '{section}' names {', '.join(named)}, "
+        f"expected a line 'name: meaning' for each of {', '.join(names)}."
+      )
   return Rubrics(language, sections)
+
+
+def _lines(parts: Parts) -> list[str]:
+  """The lines of a section without fields, but for blank ones."""
+  lines = sections_lib.literal(parts).splitlines()
+  return [line.strip() for line in lines if line.strip()]

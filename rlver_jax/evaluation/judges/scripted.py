@@ -15,6 +15,9 @@ count too. A strategy has the whole mark where it is tied to the user's story, h
   orientation         1 + 4 * the share of strategies that are for feelings; 3 without any
   form                1 + 4 * the share of replies, from the second on, whose strategies are not
                       those of the reply before; 3 with a single reply
+
+The state that a reply ascribes to the user is the band of the feelings that it names where it says
+how the user feels, the middle one of several (of two in the middle the worse).
 """
 
 import itertools
@@ -23,6 +26,7 @@ from collections.abc import Callable, Sequence
 
 from rlver_jax.dialogue.rescore import Recorded
 from rlver_jax.dialogue.scenario import EMOTIONAL
+from rlver_jax.dialogue.simulators import lexicon as lexicon_lib
 from rlver_jax.dialogue.simulators.appraisal import (
   NEEDS,
   POOR,
@@ -31,7 +35,16 @@ from rlver_jax.dialogue.simulators.appraisal import (
   Features,
   features,
 )
-from rlver_jax.evaluation.judges.base import CAPABILITIES, LEAST, MOST, Judge, Judgement, Verdict
+from rlver_jax.evaluation.judges.base import (
+  BANDS,
+  CAPABILITIES,
+  LEAST,
+  MOST,
+  NONE,
+  Judge,
+  Judgement,
+  Verdict,
+)
 from rlver_jax.evaluation.judges.rubrics import Rubrics
 
 LONGEST = 200  # characters of a reply that are quoted
@@ -69,8 +82,25 @@ def judge(recorded: Recorded, rubrics: Rubrics) -> Judgement:
     scores[name] = _taken(sum(marks) / len(marks))
     reasons[name] = _reason(rubrics, replies, marks, well=scores[name] > (LEAST + MOST) / 2)
   shown = [tuple(name for name in STRATEGIES if name in each.strategies) for each in found]
+  states = tuple(ascribed(reply, rubrics.language) for reply in replies)
   return Judgement(scores, reasons, {"orientation": _orientation(shown), "form": _form(shown)},
-                   tuple(shown))  # fmt: skip
+                   tuple(shown), states)  # fmt: skip
+
+
+def ascribed(reply: str, language: str) -> str:
+  """The one of `base.STATES` that a reply ascribes to the user.
+
+  A sentence counts where it has a cue of `feeling`, a feeling where no negation stands before it.
+  """
+  lexicon = lexicon_lib.load(language)
+  found = [
+    band
+    for sentence in lexicon_lib.sentences(lexicon_lib.plain(reply), language)
+    if lexicon_lib.has_cue(sentence, lexicon.cues["feeling"], lexicon)
+    for band, name in enumerate(BANDS)
+    if lexicon_lib.has_cue(sentence, lexicon.bands[name], lexicon)
+  ]
+  return BANDS[sorted(found)[(len(found) - 1) // 2]] if found else NONE
 
 
 def _features(recorded: Recorded) -> list[Features]:
