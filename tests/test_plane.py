@@ -5,13 +5,13 @@ from matplotlib import image
 
 from rlver_jax.evaluation import plane
 from rlver_jax.evaluation.judged import Judged
-from rlver_jax.evaluation.judges.base import CAPABILITIES, Judgement
+from rlver_jax.evaluation.judges.base import CAPABILITIES, NONE, Judgement
 
 
 def judged(orientation, form):
   marks = dict.fromkeys(CAPABILITIES, 3)
   places = {"orientation": orientation, "form": form}
-  return Judged(Judgement(marks, {}, places, ((),)), {}, (0,))
+  return Judged(Judgement(marks, {}, places, ((),), (NONE,)), {}, (0,), (40,))
 
 
 def test_files_stand_at_their_means_with_their_dialogues_behind(tmp_path):
