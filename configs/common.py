@@ -45,7 +45,7 @@ def _small(config: ConfigDict) -> None:
 
 def _tiny(config: ConfigDict) -> None:
   """Embedded models in the embedded world: a policy that learns within minutes on two CPU cores."""
-  config.steps = 16
+  config.steps = 12
   config.policy.update(dtype="float32", remat="none")
   config.cpu_devices = 2
   config.mesh.update(data=-1, fsdp=1)
@@ -62,7 +62,7 @@ def _tiny(config: ConfigDict) -> None:
     extend_buckets=(32, 96), smallest_window=1024, decode_steps=64,
   )  # fmt: skip
   config.reward.kind = "change"
-  config.algorithm.update(kl_coef=0.01, minibatches=4)
-  config.optimizer.update(learning_rate=5e-4, schedule="cosine")
+  config.algorithm.update(kl_coef=0.01, minibatches=2)
+  config.optimizer.learning_rate = 5e-4
   config.training.update(microbatch=8, smallest_row=640)
   config.checkpoint.every = 10
