@@ -119,6 +119,13 @@ def test_scenarios_in_the_order_of_their_gains():
   assert [line[0][1] for line in lines[2::3]] == [20, 32, 39]
 
 
+def test_a_final_emotion_below_zero_is_within_the_axis():
+  before, after = [played(SCENARIOS[0], 0, -10, -10, -9, -10)], [played(SCENARIOS[0], 0, 5)]
+  assert before[0].emotion == -9
+  (axis,) = figures.gains(before, after).axes
+  assert axis.get_ylim()[0] < -9 - 1
+
+
 def test_differences_are_drawn_with_their_intervals():
   found = [
     comparison.Difference("one", "two", "scripted", when, 3, Estimate(value, value - 1, value + 2))

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from rlver_jax.curves import BLUE, GREY
-from rlver_jax.dialogue.emotion import MAX_CHANGE, MAX_EMOTION, MIN_CHANGE
+from rlver_jax.dialogue.emotion import MAX_CHANGE, MIN_CHANGE
 from rlver_jax.evaluation import fidelity
 from rlver_jax.evaluation.fidelity import Replayed
 from rlver_jax.page import drawing, statistics
@@ -15,7 +15,6 @@ ByFile = Mapping[str, Sequence[Replayed]]
 CHANGE = f"change of emotion, {MIN_CHANGE} to +{MAX_CHANGE} points"
 SAME = drawing.line(GREY, "where both are the same", "--")
 _CHANGES = (MIN_CHANGE - 0.5, MAX_CHANGE + 0.5)
-_EMOTIONS = (-2, MAX_EMOTION + 2)
 
 
 def changes(by_file: ByFile) -> Figure:
@@ -56,7 +55,7 @@ def by_recorded(by_file: ByFile) -> Figure:
 def finals(by_file: ByFile) -> Figure:
   """The final emotion of each dialogue as recorded and as found, and their means."""
   figure, (axis,) = drawing.side_by_side(6.4, 6.2, 1)
-  axis.plot(_EMOTIONS, _EMOTIONS, "--", color=GREY, linewidth=1)
+  axis.axline((0, 0), slope=1, linestyle="--", color=GREY, linewidth=1)
   for number, replayed in enumerate(by_file.values()):
     ends, colour = fidelity.finals(replayed), drawing.colour(number)
     axis.plot(*ends.T, "o", color=colour, alpha=0.4, markersize=5, markeredgewidth=0)
@@ -64,8 +63,9 @@ def finals(by_file: ByFile) -> Figure:
       axis.plot(*ends.mean(axis=0), "o", color=colour, markersize=12, markeredgecolor="white")
   drawing.label(axis, "Final emotion of each dialogue", "recorded, points, 0 to 100",
                 "found, points, 0 to 100")  # fmt: skip
-  axis.set_xlim(*_EMOTIONS)
-  axis.set_ylim(*_EMOTIONS)
+  limits = drawing.emotions(min(axis.dataLim.min))
+  axis.set_xlim(*limits)
+  axis.set_ylim(*limits)
   axis.set_aspect("equal")
   drawing.legend(figure, [*drawing.named(list(by_file)), SAME])
   return figure

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from rlver_jax.curves import COLOURS, HOLLOW
+from rlver_jax.dialogue.emotion import MAX_EMOTION
 from rlver_jax.page.statistics import Estimate
 
 DPI = 90
@@ -27,6 +28,11 @@ def side_by_side(width: float, height: float, columns: int) -> tuple[Figure, Seq
 def colour(number: int) -> str:
   """The colour of what has this number."""
   return COLOURS[number % len(COLOURS)]
+
+
+def emotions(lowest: float) -> tuple[float, float]:
+  """The limits of an axis of final emotions, which may end below 0 by a last bad turn."""
+  return min(lowest, 0) - 4, MAX_EMOTION + 4
 
 
 def label(axis: Axes, title: str, x: str, y: str = "", grid: str = "both") -> None:

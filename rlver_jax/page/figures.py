@@ -157,7 +157,7 @@ def gains(before: Sequence[Dialogue], after: Sequence[Dialogue]) -> Figure:
     axis.plot(place, ends[1], "o", color=colour, markersize=6, zorder=6)
   x = "held-out scenarios, from the largest loss to the largest gain"
   drawing.label(axis, "Final emotion, scenario by scenario", x, POINTS, grid="y")
-  axis.set_ylim(-4, 104)
+  axis.set_ylim(*drawing.emotions(axis.dataLim.y0))
   axis.set_xticks([])
   ends = drawing.full(GREEN, "after training, higher"), drawing.full(RED, "after training, lower")
   drawing.legend(figure, [HALVES[0], *ends])
