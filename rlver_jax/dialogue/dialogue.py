@@ -74,8 +74,8 @@ class Plan:
 class UserMessage:
   """What the user says; `ids` are the simulator's own token ids of it, where it sampled any.
 
-  A text without any character but blanks becomes SILENCE: chats have no empty messages, and in a
-  record an empty one says that the user has left.
+  A text without any character but blanks becomes SILENCE, as chats have no empty messages; that of
+  a goodbye stays: in a record an empty message says that the user has left.
   """
 
   text: str
@@ -84,7 +84,7 @@ class UserMessage:
   ids: tuple[int, ...] | None = None
 
   def __post_init__(self):
-    if not self.text.strip():
+    if not self.goodbye and not self.text.strip():
       object.__setattr__(self, "text", SILENCE)
 
 
