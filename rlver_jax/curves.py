@@ -74,6 +74,11 @@ def save(figure: Any, path: str | os.PathLike) -> None:
   os.replace(temporary, path)
 
 
+def plain(text: str) -> str:
+  """A text in which matplotlib finds no formula."""
+  return text.replace("$", r"\$")
+
+
 def make_figure(records: Sequence[dict[str, Any]], numbers: dict[str, Any]) -> Any:
   """The curves of a run, as a Figure of matplotlib.
 

@@ -37,7 +37,7 @@ def make_figure(by_file: dict[str, Sequence[Judged]]) -> Any:
     axes.plot(x, y, mark, color=colour, alpha=0.35, markersize=4, markeredgewidth=0)
     x, y = place(judged).values()
     axes.plot(x, y, mark, color=colour, markersize=12, markeredgecolor="white", zorder=5,
-              label=f"{len(judged)} of {name}".replace("$", r"\$"))  # fmt: skip
+              label=curves.plain(f"{len(judged)} of {name}"))  # fmt: skip
   for (low, high), set_label in zip(ENDS, (axes.set_xlabel, axes.set_ylabel), strict=True):
     set_label(f"←  {low}{' ' * 24}{high}  →")
   axes.set_title("Social-cognition plane", loc="left")

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from rlver_jax.curves import COLOURS, HOLLOW
+from rlver_jax.curves import COLOURS, HOLLOW, plain
 from rlver_jax.dialogue.emotion import MAX_EMOTION
 from rlver_jax.page.statistics import Estimate
 
@@ -88,8 +88,3 @@ def full(colour: str, name: str) -> Line2D:
 def named(names: Sequence[str]) -> list[Line2D]:
   """A legend's full marks, in the order of the colours."""
   return [full(colour(number), name) for number, name in enumerate(names)]
-
-
-def plain(text: str) -> str:
-  """A text in which matplotlib finds no formula."""
-  return text.replace("$", r"\$")
