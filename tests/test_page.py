@@ -28,8 +28,9 @@ WHENS = {"before": (3, -4), "after": (8, 9, 5)}
 def hostile(index):
   """A dialogue with thoughts, in which everything said and thought is hostile."""
   own = scenario.Scenario(
-    f"<b>{index}</b>", HOSTILE, HOSTILE, HOSTILE, (HOSTILE,), "You want advice. " + HOSTILE, HOSTILE
-  )
+    f"<b>{index}</b>", HOSTILE, HOSTILE, HOSTILE, (HOSTILE,), "You want advice. " + HOSTILE,
+    HOSTILE, tactic="baiting",
+  )  # fmt: skip
   d = Dialogue(index, index, own, Rules(max_turns=2))
   d.advance(UserMessage(HOSTILE))
   d.advance(PolicyReply(HOSTILE, HOSTILE, True, True, 3))
@@ -94,8 +95,8 @@ def test_dialogues_are_those_of_the_files(run):
   for d, (when, step, user, record) in zip(found["dialogues"], expected, strict=True):
     assert (d["set"], d["step"], d["user"], d["end"]) == (when, step, user, record["end"])
     told = found["scenarios"][d["scenario"]]
-    assert [told["id"], told["background"], told["task"]] == [
-      record["id"], record["scene"], record["task"]
+    assert [told["id"], told["background"], told["task"], told["tactic"]] == [
+      record["id"], record["scene"], record["task"], ""
     ]  # fmt: skip
     history = record["history"]
     assert (d["opening"], d["start"]) == (history[0]["content"], history[0]["emotion-point"])

@@ -57,6 +57,7 @@ def choose(page, name, value):
     ("set", "before", lambda d: d["set"] == "before"),
     ("set", "step 2", lambda d: d["step"] == 2),
     ("user", "scripted user", lambda d: d["user"] == "scripted user"),
+    ("tactic", "baiting", lambda d: d["run"] == 1),
     ("least", "40", lambda d: d["final"] >= 40),
     ("most", "39", lambda d: d["final"] <= 39),
     ("text", "MESSAGE 1 of 2", lambda d: any("essage 1 of 2" in t["message"] for t in d["turns"])),
@@ -119,6 +120,14 @@ def test_texts_of_dialogues_stay_texts(page):
   assert said == HOSTILE
   thought = page.ask("document.querySelector('#detail .thought p').textContent")
   assert thought == HOSTILE
+
+
+def test_a_scenario_says_its_tactic_if_it_has_one(page):
+  terms = "[...document.querySelectorAll('#detail dt')].map((term) => term.textContent)"
+  choose(page, "tactic", "baiting")
+  assert "Tactic" in page.ask(terms)
+  choose(page, "tactic", "none")
+  assert "Character" in page.ask(terms) and "Tactic" not in page.ask(terms)
 
 
 def test_light_and_dark(page):

@@ -171,6 +171,7 @@ def _scenario(scenario: Scenario) -> dict[str, Any]:
     "topic": scenario.topic,
     "task": scenario.task,
     "intention": scenario.intention,
+    "tactic": scenario.tactic,
   }
 
 

@@ -19,6 +19,7 @@ const CHOICES = {
   user: ["User", (d) => d.user],
   intention: ["Intention", (d) => scenarioOf(d).intention],
   character: ["Character", (d) => scenarioOf(d).character],
+  tactic: ["Tactic", (d) => scenarioOf(d).tactic || "none"],
   level: ["Level", (d) => d.level],
   end: ["End", endOf],
 };
@@ -28,8 +29,8 @@ function searched(d) {
   const s = scenarioOf(d);
   const said = d.turns.flatMap((t) => [t.reply, t.thought ?? "", t.message, ...t.plan]);
   const rest = d.rest ? [d.rest.reply, d.rest.thought ?? ""] : [];
-  return [s.id, s.persona, s.background, s.topic, s.task, ...s.traits, d.opening, ...said, ...rest]
-    .join("\n").toLowerCase();
+  return [s.id, s.persona, s.background, s.topic, s.task, s.tactic, ...s.traits, d.opening, ...said,
+    ...rest].join("\n").toLowerCase();
 }
 
 function changeMark(change) {
@@ -91,7 +92,7 @@ function named(d) {
 
 function about(s) {
   const rows = [["Persona", s.persona], ["Background", s.background], ["Topic", s.topic],
-    ["Character", [s.character, ...s.traits].join(", ")]];
+    ["Character", [s.character, ...s.traits].join(", ")], ["Tactic", s.tactic]];
   return el("details", {}, el("summary", {}, "scenario"), el("dl", {}, rows.flatMap(([label, text]) =>
     text ? [el("dt", {}, label), el("dd", { class: "lines" }, text)] : [])));
 }
