@@ -184,6 +184,8 @@ def executed(folders, tmp_path_factory):
   parts[MISSING] = setting(**dict.fromkeys(VARIABLES.values(), "no-such-folder"))
   parts[MISSING] += [cell for name in PICTURES for cell in codes(load(name))[:2]]
   whole = nbformat.v4.new_notebook(cells=[cell for cells in parts.values() for cell in cells])
+  for number, cell in enumerate(whole.cells):
+    cell.id = f"cell-{number}"  # which the notebooks count each for itself
   own = tmp_path_factory.mktemp("jupyter")
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("PYTHONPATH", str(runs.REPOSITORY))
