@@ -113,7 +113,9 @@ def load(directory: str | pathlib.Path) -> Tokenizer:
   if not (directory / "tokenizer.json").is_file():
     raise UserError(f"{directory} holds no tokenizer.json, expected a Hugging Face directory")
   try:
-    loaded = transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    loaded = transformers.PreTrainedTokenizerFast.from_pretrained(
+      str(directory), local_files_only=True
+    )
     full = loaded.backend_tokenizer
   except Exception as error:  # the tokenizers library raises bare Exception for broken files
     raise UserError(
