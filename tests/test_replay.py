@@ -234,12 +234,19 @@ def test_a_file_without_dialogues_is_named(tmp_path):
     play(config([path]), tmp_path / "run")
 
 
-def test_a_damaged_replay_is_named(files, tmp_path):
+@pytest.mark.parametrize(
+  ("damage", "named"),
+  [
+    ({"found": [1]}, r"found \[1\] as 'found', expected a change for each"),
+    ({"recorded": [9], "found": [9]}, "found other turns of"),
+  ],
+)
+def test_a_damaged_replay_is_named(files, tmp_path, damage, named):
   play(config(files), tmp_path / "run")
   file = tmp_path / "run" / "replayed.jsonl"
   first, *rest = file.read_text().splitlines()
-  file.write_text("\n".join([json.dumps(json.loads(first) | {"found": [1]}), *rest]) + "\n")
-  with pytest.raises(UserError, match=r"line 1: found other turns of"):
+  file.write_text("\n".join([json.dumps(json.loads(first) | damage), *rest]) + "\n")
+  with pytest.raises(UserError, match=rf"line 1: {named}"):
     play(config(files), tmp_path / "run")
 
 

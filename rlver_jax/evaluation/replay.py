@@ -159,7 +159,7 @@ def _told(line: Any) -> tuple[Key, Replayed]:
   whole = all(type(c) is int and c in known for c in recorded)
   whole &= all(c is None or (type(c) is int and c in known) for c in found)
   if not recorded or len(recorded) != len(found) or not whole:
-    raise Misfit(f"{found!r:.60} as 'found', expected a change for each of 'recorded'")
+    raise Misfit(f"{list(found)!r:.60} as 'found', expected a change for each of 'recorded'")
   counts = (field(line, name, int) for name in _COUNTS)
   replayed = Replayed(recorded, found, *counts, field(line, "seconds", float))
   return (field(line, "file", str), field(line, "id", str)), replayed
@@ -252,13 +252,10 @@ def _found(workdir: pathlib.Path, sources: RecordedSources) -> dict[Key, Replaye
   """What the folder holds, in the order of the files; UserError where it is damaged."""
 
   def make(line: Any, recorded: Recorded) -> Replayed:
-    changes = tuple(turn.plan.change for turn in recorded.turns)
-    found = field(line, "found", list)
-    whole = len(found) == len(changes) and all(c is None or type(c) is int for c in found)
-    if tuple(field(line, "recorded", list)) != changes or not whole:
+    _, replayed = _told(line)
+    if replayed.recorded != tuple(turn.plan.change for turn in recorded.turns):
       raise Misfit(f"other turns of {line['id']!r:.60}, expected those of data.recorded")
-    counts = (field(line, name, int) for name in _COUNTS)
-    return Replayed(changes, tuple(found), *counts, field(line, "seconds", float))
+    return replayed
 
   file = workdir / REPLAYED
   return recorded_files.kept(file, sources.dialogues, make, "what this replay wrote")
