@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import remote_server
@@ -129,41 +130,51 @@ def test_a_damaged_file_is_named(finished, tmp_path, change, found):
   assert found in str(error.value)
 
 
-def test_the_policy_of_a_run_and_its_export_play_alike(tmp_path):
-  """With adapters, which are merged, and sampling, which a difference in the weights would show."""
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  """The configuration and the folder of a run of one step, with adapters."""
+  settings = runs.config(
+    **{"steps": 1, "lora.policy_rank": 4, "optimizer.learning_rate": 1e-2, "checkpoint.keep": 3}
+  )
+  workdir = tmp_path_factory.mktemp("trained") / "run"
+  runs.play(settings, workdir)
+  return settings, workdir
+
+
+@pytest.mark.slow
+def test_the_policy_of_a_run_and_its_export_play_alike(trained, tmp_path):
+  """Adapters are merged; sampling would show a difference in the weights."""
   from rlver_jax import export
 
-  trained = tmp_path / "run"
-  settings = runs.config(**{"steps": 1, "lora.policy_rank": 4, "optimizer.learning_rate": 1e-2})
-  runs.play(settings, trained)
-  export.export(trained, tmp_path / "exported", None, False, "float32")
+  exported = tmp_path / "exported"
+  export.export(trained[1], exported, None, False, "float32")
   few = {"data.scenarios": 2}
-  for name in ("run", "exported"):
-    play(config(**few, **{"policy.path": str(tmp_path / name)}), tmp_path / f"of_{name}")
+  for name, path in (("run", trained[1]), ("exported", exported)):
+    play(config(**few, **{"policy.path": str(path)}), tmp_path / f"of_{name}")
   play(config(**few), tmp_path / "of_none")
   assert read(tmp_path / "of_run") == read(tmp_path / "of_exported")
   assert read(tmp_path / "of_run") != read(tmp_path / "of_none")
 
 
-def test_the_checkpoint_stays_the_same_to_the_end(tmp_path):
-  settings = runs.config(**{"steps": 1, "optimizer.learning_rate": 1e-2, "checkpoint.keep": 3})
-  runs.play(settings, tmp_path / "run")
-  few = {"data.scenarios": 4, "sampling.slots": 1, "policy.path": str(tmp_path / "run")}
+@pytest.mark.slow
+def test_the_checkpoint_stays_the_same_to_the_end(trained, tmp_path):
+  settings, run = trained[0].copy_and_resolve_references(), tmp_path / "run"
+  shutil.copytree(trained[1], run)
+  few = {"data.scenarios": 4, "sampling.slots": 1, "policy.path": str(run)}
   play(config(**few), tmp_path / "whole")
   with pytest.raises(Interrupted):
     play(config(**few), tmp_path / "stopped", runs.Quiet(9))
   assert 0 < len(read(tmp_path / "stopped")) < 4
   settings.steps = 2
-  runs.play(settings, tmp_path / "run")  # trains on in between
+  runs.play(settings, run)  # trains on in between
   play(config(**few), tmp_path / "stopped")
   assert read(tmp_path / "stopped") == read(tmp_path / "whole")
   play(config(**few), tmp_path / "later")
   assert read(tmp_path / "later") != read(tmp_path / "whole")
 
 
-def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
-  runs.play(runs.config(**{"steps": 1}), tmp_path / "run")
-  changes = {"policy.path": str(tmp_path / "run"), "policy.step": 7}
+def test_a_checkpoint_that_is_not_there_is_named(trained, tmp_path):
+  changes = {"policy.path": str(trained[1]), "policy.step": 7}
   with pytest.raises(UserError, match="7"):
     play(config(**changes), tmp_path / "out")
   with pytest.raises(UserError, match=r"policy\.step is 7, expected 0 where policy\.path"):

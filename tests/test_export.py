@@ -113,6 +113,7 @@ def test_the_written_policy_can_be_trained_further(workdir, tmp_path):
 ADAPTED = ("q", "o", "down")
 
 
+@pytest.mark.slow
 def test_adapters_are_written_as_the_weights_that_they_make(tmp_path):
   """W + alpha / rank * A B for each adapted map, whose axes are flattened to a matrix here."""
   settings = runs.config(

@@ -88,6 +88,7 @@ def test_they_compile_no_program(run):
   assert run[2] == [0, 0]
 
 
+@pytest.mark.slow
 def test_training_is_the_same_without_them(run, changes, tmp_path):
   runs.play(runs.config(**changes | {"evaluation.path": ""}), tmp_path)
   assert not (tmp_path / "evaluation").exists() and not (tmp_path / "evaluation.json").exists()
@@ -136,6 +137,7 @@ def test_numbers_are_those_of_the_files(run):
   assert found["users"]["scripted"]["gain"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_while_they_are_played_goes_on(run, changes, tmp_path):
   """First before the first step, then after the last; each file is whole or not there."""
   workdir, asked, _ = run

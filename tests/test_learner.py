@@ -285,6 +285,7 @@ def test_the_number_of_microbatches_changes_nothing():
   close(*results)
 
 
+@pytest.mark.slow
 def test_epochs_and_minibatches_are_so_many_steps_on_shuffled_rows():
   """Against optax on plain gradients: two epochs of two minibatches of two rows."""
   settings = dataclasses.replace(PLAIN, epochs=2, minibatches=2, microbatch=1)

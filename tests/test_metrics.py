@@ -133,6 +133,7 @@ def in_process(code: str, *args: object, **environment: str) -> subprocess.Compl
   )
 
 
+@pytest.mark.slow
 def test_tensorboard_and_the_log_get_every_step_and_the_terminal_no_banner(tmp_path):
   done = in_process(TENSORBOARD, tmp_path, 0)
   assert done.returncode == 0, done.stderr

@@ -92,6 +92,7 @@ def test_scores_are_those_of_the_harness_own_backend(finished, folder):
   assert 0 < ours["results"]["local_choice"]["metrics"]["acc,none"] < 1
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_for_each_metric(finished):
   workdir, summary, text = finished
   assert set(summary) == {"after"} and set(summary["after"]) == set(harness_tasks.TASKS)
@@ -100,6 +101,7 @@ def test_the_table_has_a_row_for_each_metric(finished):
   assert rows[0] == "task,metric,questions,after" and len(rows) == 6
 
 
+@pytest.mark.slow
 def test_a_finished_one_is_not_measured_again(finished, folder, monkeypatch):
   monkeypatch.setattr(retention, "_measure", None)
   assert runs.evaluate(retention, config(folder), finished[0])[1:] == finished[1:][1:]
@@ -161,6 +163,7 @@ def test_what_cannot_be_measured_is_told(folder, tmp_path, changes, found):
     runs.evaluate(retention, config(folder, **tasks | changes), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_damaged_result_is_named(finished, folder, tmp_path):
   workdir = shutil.copytree(finished[0], tmp_path / "copy")
   (workdir / "after.json").write_text("{", "utf-8")

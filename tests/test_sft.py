@@ -330,6 +330,7 @@ def test_an_export_is_what_was_trained(finished, tmp_path):
   assert min(jax.tree.leaves(changes)) > 1e-5
 
 
+@pytest.mark.slow
 def test_an_export_can_be_trained_on(finished, chats, tmp_path):
   _, workdir, _ = finished
   first = exported(workdir, tmp_path / "exported")
@@ -339,6 +340,7 @@ def test_an_export_can_be_trained_on(finished, chats, tmp_path):
   assert_close(first, exported(tmp_path / "run", tmp_path / "again"))
 
 
+@pytest.mark.slow
 def test_adapters_are_exported_as_the_weights_that_they_make(adapted, tmp_path):
   """W + alpha / rank * A B for each adapted map, whose axes are flattened to a matrix here."""
   settings, workdir, _ = adapted
@@ -353,6 +355,7 @@ def test_adapters_are_exported_as_the_weights_that_they_make(adapted, tmp_path):
   np.testing.assert_array_equal(ours.embed[...], base.embed[...])
 
 
+@pytest.mark.slow
 def test_every_field_of_the_configuration_is_read(adapted, chats, tmp_path):
   settings = config(chats)
   read = runs.fields_read(settings, tmp_path / "run", runs.play_supervised) | adapted[2]
@@ -495,6 +498,7 @@ def poison(model):
   model.norm[...] = model.norm[...].at[0].set(jnp.nan)
 
 
+@pytest.mark.slow
 def test_updates_that_are_not_finite_end_the_run_and_the_state_is_saved(run_main, chats, tmp_path):
   path, workdir = runs.save_model(tmp_path / "policy", poison), tmp_path / "run"
   changes = {"policy.path": str(path), "policy.from_scratch": False, "training.max_nonfinite": 2}

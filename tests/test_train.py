@@ -300,6 +300,7 @@ def ppo_run(tmp_path_factory):
   return workdir, settings, runs.fields_read(settings, workdir, runs.play)
 
 
+@pytest.mark.slow
 def test_ppo_trains_policy_and_critic_and_says_how(ppo_run):
   workdir, settings, _ = ppo_run
   first, *later = records = runs.metrics(workdir)
@@ -330,6 +331,7 @@ def test_a_ppo_run_that_is_stopped_and_resumed_is_the_same_run(ppo_run, tmp_path
   check_resumed(workdir, settings, tmp_path, stops=(4,))
 
 
+@pytest.mark.slow
 def test_no_program_is_compiled_after_the_second_step_of_ppo(ppo_run):
   programs = [r["compile/programs"] + r["compile/from_cache"] for r in runs.metrics(ppo_run[0])]
   assert len(programs) == 4 and programs[2:] == programs[1:2] * 2
@@ -340,6 +342,7 @@ def make_moody(model):
   model.layers.q[...] *= 10
 
 
+@pytest.mark.slow
 def test_a_model_as_user_answers_and_is_counted(model_run):
   workdir, *_ = model_run
   for record in runs.metrics(workdir):
@@ -350,12 +353,14 @@ def test_a_model_as_user_answers_and_is_counted(model_run):
     assert record["simulator/parse_failure_rate"] == 0  # `choice` always gives a change
 
 
+@pytest.mark.slow
 def test_replies_to_a_model_are_rewarded_differently(model_run):
   records = runs.metrics(model_run[0])
   assert any(record["reward/groups_without_signal"] < 1 for record in records)
   assert max(record["update/gradient_norm"] for record in records) > 0.01
 
 
+@pytest.mark.slow
 def test_held_out_dialogues_are_judged_by_the_model_and_by_the_scripted_user(model_run):
   workdir, *_ = model_run
   numbers = json.loads((workdir / "evaluation.json").read_text())["users"]
@@ -380,17 +385,20 @@ def test_a_run_with_two_models_that_is_stopped_and_resumed_is_the_same_run(model
     assert (tmp_path / "evaluation" / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_kl_to_the_reference_starts_at_zero_and_grows(model_run):
   first, *later = [record["update/kl_reference"] for record in runs.metrics(model_run[0])]
   assert first == pytest.approx(0, abs=1e-6)
   assert all(value > 1e-6 for value in later)
 
 
+@pytest.mark.slow
 def test_no_program_is_compiled_after_the_second_step_with_two_models(model_run):
   programs = [r["compile/programs"] + r["compile/from_cache"] for r in runs.metrics(model_run[0])]
   assert len(programs) == 4 and programs[1:] == programs[1:2] * 3
 
 
+@pytest.mark.slow
 def test_every_field_of_the_configuration_is_read_by_a_run(model_run, ppo_run):
   _, settings, read = model_run
   fields = set(flat_config.flatten(settings))
@@ -505,6 +513,7 @@ def poison(model):
   model.norm[...] = model.norm[...].at[0].set(jnp.nan)
 
 
+@pytest.mark.slow
 def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(tmp_path):
   path = runs.save_model(tmp_path / "policy", poison)
   settings = runs.config(

@@ -27,7 +27,8 @@ def run_steps(
     "sampling.max_new_tokens": 16,
     "sampling.max_prompt_tokens": 256,
     "sampling.max_response_tokens": 512,
-    "sampling.smallest_window": 768,
+    "sampling.smallest_window": 2560,  # one window and one bucket: few programs to compile
+    "sampling.extend_buckets": (128,),
     "training.microbatch": 2,
     "training.smallest_row": 256,
     "checkpoint.every": 1,
