@@ -113,9 +113,7 @@ def load(directory: str | pathlib.Path) -> Tokenizer:
   if not (directory / "tokenizer.json").is_file():
     raise UserError(f"{directory} holds no tokenizer.json, expected a Hugging Face directory")
   try:
-    loaded = transformers.PreTrainedTokenizerFast.from_pretrained(
-      str(directory), local_files_only=True
-    )
+    loaded = read_files(directory)
     full = loaded.backend_tokenizer
   except Exception as error:  # the tokenizers library raises bare Exception for broken files
     raise UserError(
@@ -160,6 +158,15 @@ def load(directory: str | pathlib.Path) -> Tokenizer:
     **pieces,
   )
   return Tokenizer(special_ids, max(full.get_vocab().values()) + 1, chat, full, plain)
+
+
+def read_files(directory: str | pathlib.Path) -> transformers.PreTrainedTokenizerFast:
+  """The tokenizer of a local directory as transformers has it, which also writes chats as text.
+
+  It is what tokenizer.json says. AutoTokenizer gives the same, but first loads the configuration of
+  every model, and PyTorch where it is installed: seconds of each start.
+  """
+  return transformers.PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
 
 
 def _encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:

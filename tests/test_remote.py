@@ -382,8 +382,8 @@ def test_dialogues_go_on_while_others_wait(server, make):
 
 
 def test_polling_does_not_wait_while_the_policy_has_work(server, make):
-  server.decide = lambda c: Answer(usual(c).text, delay=2)
-  simulator = make(timeout=10)
+  server.decide = lambda c: Answer(usual(c).text, delay=0.5)
+  simulator = make(timeout=5)
   scenario = builders.scenario(first_message="")
   d = Dialogue(0, 0, scenario, RULES)
   simulator.start(0)
@@ -392,9 +392,9 @@ def test_polling_does_not_wait_while_the_policy_has_work(server, make):
   simulator.submit(0, d)
   started = time.monotonic()
   assert simulator.poll() == {}
-  polled = time.monotonic()
+  assert time.monotonic() - started < 0.1
   assert simulator.poll(wait=True) == {}
-  assert polled - started < 1 and 0.15 < time.monotonic() - polled < 1
+  assert 0.15 < time.monotonic() - started < 0.4
   while not (answer := simulator.poll(wait=True)):
     pass
   assert answer[0].text == "My brother sold my bike."
@@ -414,7 +414,7 @@ def test_an_interrupted_batch_leaves_nothing_behind(server, make):
 
   with pytest.raises(Stop):
     play(simulator, dialogues=4, on_round=stop)
-  assert time.monotonic() - started < 10
+  assert time.monotonic() - started < 1.5
   server.decide = usual
   dialogues = play(simulator, dialogues=4, step=1)
   assert [d.end for d in dialogues] == ["turns"] * 4
@@ -500,8 +500,8 @@ def test_two_hundred_dialogues_take_hardly_longer_than_the_slowest_chain(
         f"{counts['failures']:.0f} failed: {wall:.1f} s, slowest chain {slowest:.1f} s"
       )
     if wall < 1.5 * slowest:
-      return
-  pytest.fail(f"{wall:.1f} s, the slowest chain {slowest:.1f} s, expected at most 1.5 times that")
+      break
+  assert wall < 1.5 * slowest
 
 
 @pytest.mark.parametrize(

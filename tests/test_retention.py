@@ -17,6 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from configs import eval as eval_config
+from rlver_jax import tokenizer
 from rlver_jax.errors import UserError
 from rlver_jax.evaluation import harness, retention
 from rlver_jax.interrupt import Interrupted
@@ -178,7 +179,7 @@ def model(folder):
   weights = retention._weights(settings, sources, None, "after")
   return harness.HarnessModel(
     lambda sampling: retention._engine(settings, sources, weights, sampling),
-    retention.open_tokenizer(sources.opened),
+    tokenizer.read_files(sources.opened.directory),
     sources.opened.tokenizer.chat.stop_ids,
     16,
     lambda done, total: None,

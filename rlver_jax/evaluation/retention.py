@@ -23,13 +23,13 @@ from typing import Any
 
 import jax
 import numpy as np
-import transformers
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rlver_jax import build, cli, partitioning, processes, run_policy, trainables
 from rlver_jax import metrics as metrics_lib
 from rlver_jax import sources as sources_lib
+from rlver_jax import tokenizer as tokenizer_lib
 from rlver_jax import workdir as workdir_lib
 from rlver_jax.errors import UserError
 from rlver_jax.evaluation import scores, tables
@@ -150,7 +150,7 @@ def _measure(
   )
   model = HarnessModel(
     functools.partial(_engine, config, sources, weights),
-    open_tokenizer(opened),
+    tokenizer_lib.read_files(opened.directory),
     opened.tokenizer.chat.stop_ids,
     s.max_new_tokens,
     _progress(name, interrupts),
@@ -175,11 +175,6 @@ def _measure(
     )
     if processes.is_first():
       workdir_lib.write_json(workdir / f"{name}.json", told(found))
-
-
-def open_tokenizer(opened: ModelSource) -> transformers.PreTrainedTokenizerBase:
-  """The tokenizer as transformers has it, which also writes chats as text."""
-  return transformers.AutoTokenizer.from_pretrained(str(opened.directory), local_files_only=True)
 
 
 def _weights(
