@@ -35,10 +35,9 @@ CONFIG = Qwen2Config(
 
 def run_python(code: str, *args: object, devices: int = 1) -> subprocess.Popen:
   """A Python process of its own, in which JAX sees `devices` emulated devices."""
-  flags = f"--xla_force_host_platform_device_count={devices}"
   return subprocess.Popen(
     [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
-    env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+    env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"},
     cwd=pathlib.Path(__file__).parent.parent,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,

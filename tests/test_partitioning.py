@@ -141,10 +141,7 @@ with p.layout(mesh):
 
 
 def test_a_mesh_of_eight_devices():
-  environment = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "JAX_PLATFORMS": "cpu",
-  }
+  environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
   done = subprocess.run(
     [sys.executable, "-c", EIGHT_DEVICES],
     cwd=pathlib.Path(__file__).parents[1],

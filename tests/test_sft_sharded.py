@@ -63,8 +63,7 @@ def work(mesh: tuple[int, int, int], folder: pathlib.Path, rank: int) -> None:
 
 def start(mesh, folder, rank):
   folder.mkdir()
-  devices = f"--xla_force_host_platform_device_count={np.prod(mesh)}"
-  environment = os.environ | {"XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu"}
+  environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(np.prod(mesh)), "JAX_PLATFORMS": "cpu"}
   environment["PYTHONPATH"] = str(pathlib.Path(__file__).parents[1])
   command = [sys.executable, __file__, json.dumps(mesh), str(folder), str(rank)]
   subprocess.run(command, env=environment, check=True)

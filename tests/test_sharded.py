@@ -187,7 +187,7 @@ def results(tmp_path_factory):
       folder = tmp_path_factory.mktemp("x".join(map(str, mesh)))
       root = pathlib.Path(__file__).parents[1]
       environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={np.prod(mesh)}",
+        "JAX_NUM_CPU_DEVICES": str(np.prod(mesh)),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(root),
       }

@@ -92,6 +92,7 @@ def test_two_steps_of_ppo_on_real_weights_with_shared_lower_layers(qwen_path, tm
     "dialogue.scenarios_per_step": 2,
     "dialogue.max_turns": 1,
     "critic.shared_layers": 20,
+    "simulator.kind": "scripted",  # the other test has a model as user
   }
   output = run_steps("ppo", 2, tmp_path, qwen_path, **changes)
   peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20

@@ -268,7 +268,7 @@ CREATED = """
 def emulating(devices):
   """The environment of a process that sees this many CPU devices."""
   return os.environ | {
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    "JAX_NUM_CPU_DEVICES": str(devices),
     "JAX_PLATFORMS": "cpu",
     "PYTHONPATH": str(pathlib.Path(__file__).parents[1]),
   }
