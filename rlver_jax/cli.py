@@ -1,6 +1,7 @@
 """What the command-line programs share: a user's mistake is one line and exit code 2."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import TextIO
@@ -27,7 +28,8 @@ def run(
 
   `main` gets the words that are no flags; without `operands` any such word is a mistake.
 
-  A UserError from either ends the program with its message on stderr and exit code 2.
+  A UserError from either ends the program with its message on stderr and exit code 2. Where
+  nobody reads the output any more it ends as other programs do, without a word.
   """
 
   def checked_main(argv: list[str]) -> int | None:
@@ -48,6 +50,9 @@ def run(
   except UserError as error:
     print(f"rlver_jax: {error}", file=sys.stderr)
     sys.exit(2)
+  except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes
+    sys.exit(128 + signal.SIGPIPE)
 
 
 def configure_jax(config: ConfigDict) -> None:

@@ -48,7 +48,11 @@ def field(entry: Any, name: str, kind: type, default: Any = None) -> Any:
 
   default: of this type, for an object without the field; None: it has to be there.
   """
-  value = entry.get(name, default) if isinstance(entry, dict) else None
+  if not isinstance(entry, dict):
+    raise Misfit(f"{entry!r:.60}, expected a JSON object")
+  if default is None and name not in entry:
+    raise Misfit(f"no {name!r}, expected {kind.__name__}")
+  value = entry.get(name, default)
   if type(value) is not kind:
     raise Misfit(f"{value!r:.60} as {name!r}, expected {kind.__name__}")
   return value

@@ -38,10 +38,12 @@ def main(paths: list[str]) -> int:
     raise UserError("the command line names no file, expected files of recorded dialogues.")
   if len({pathlib.Path(path).expanduser().resolve() for path in paths}) < len(paths):
     raise UserError("the command line names a file twice, expected each once.")
+  if BY.value and TABLE.value == "differences":
+    raise UserError("--by is given, expected none with --table=differences, which has no groups.")
   known = _known(SCENARIOS.value)
   found, broken = {}, 0
-  for name, path in _names(paths).items():
-    found[name], left_out = _read(path, known)
+  for path, name in transcripts.names(paths).items():
+    found[name], left_out = _read(pathlib.Path(path).expanduser(), known)
     broken += left_out
   if broken and not SKIP_BROKEN.value:
     raise UserError(
@@ -69,16 +71,6 @@ def _tables(found: dict[str, list[Transcript]]) -> list[tables.Rows]:
 
 def _mean(dialogues: Sequence[Transcript]) -> float:
   return sum(t.final for t in dialogues) / len(dialogues)
-
-
-def _names(paths: Sequence[str]) -> dict[str, pathlib.Path]:
-  """What each file is called in the tables: its name without its end, or, to tell two apart, its
-  path."""
-  short = [pathlib.Path(path).stem.removesuffix("_result") for path in paths]
-  return {
-    path if short.count(name) > 1 else name: pathlib.Path(path).expanduser()
-    for path, name in zip(paths, short, strict=True)
-  }
 
 
 def _known(path: str | None) -> Collection[str] | None:

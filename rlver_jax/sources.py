@@ -174,17 +174,29 @@ def _open_critic(config: ConfigDict, policy: ModelSource) -> ModelSource | None:
 
 
 def check_policy_room(
-  config: ConfigDict, source: ModelSource, templates: dict[str, Templates]
+  config: ConfigDict,
+  source: ModelSource,
+  templates: dict[str, Templates],
+  scenarios: Sequence[Scenario] = (),
 ) -> None:
-  """Raises UserError unless the policy has room for its instructions and one reply."""
-  s = config.sampling
+  """Raises UserError unless the policy has room for its instructions, for what the users of these
+  scenarios say first, and for one reply."""
+  s, chat = config.sampling, source.tokenizer.chat
   section = "policy_think" if config.dialogue.mode == "think" else "policy"
-  for language, texts in templates.items():
-    prompt = len(source.tokenizer.chat.system(texts.render(section)))
+  instructions = {name: len(chat.system(t.render(section))) for name, t in templates.items()}
+  for language, prompt in instructions.items():
     if prompt >= s.max_prompt_tokens:
       raise UserError(
         f"sampling.max_prompt_tokens is {s.max_prompt_tokens}, expected room for the {prompt} "
         f"tokens of the policy's instructions ('{language}') and the user's first message."
+      )
+  for scenario in scenarios:
+    message = (*chat.user(scenario.first_message), *chat.assistant_start)
+    prompt = instructions[scenario.language] + len(message)
+    if scenario.first_message and prompt > s.max_prompt_tokens:
+      raise UserError(
+        f"sampling.max_prompt_tokens is {s.max_prompt_tokens}, expected room for the {prompt} "
+        f"tokens that scenario {scenario.id!r:.60} begins with."
       )
   if s.max_new_tokens > s.max_response_tokens:
     raise UserError(

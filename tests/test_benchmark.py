@@ -10,7 +10,7 @@ import runs
 
 from configs import eval as eval_config
 from rlver_jax import config as config_lib
-from rlver_jax.dialogue import records
+from rlver_jax.dialogue import records, scenario
 from rlver_jax.errors import BudgetSpent, UserError
 from rlver_jax.evaluation import benchmark, scores, transcripts
 from rlver_jax.interrupt import Interrupted
@@ -190,8 +190,15 @@ def test_dialogues_without_room_are_told_of(finished, tmp_path):
   sources = benchmark.open_sources(config())
   instructions = sources.policy.tokenizer.chat.system(sources.templates["en"].render("policy"))
   narrow = {"sampling.max_prompt_tokens": len(instructions) + 1}
+  begins = r"expected room for the \d+ tokens that scenario '.*' begins with"
+  with pytest.raises(UserError, match=begins):
+    benchmark.open_sources(config(**few | narrow))
+  # What a user will say first where the scenario does not tell is not known before.
+  record = json.loads(scenario.resolve("en").read_text("utf-8").splitlines()[0])
+  path = tmp_path / "untold.jsonl"
+  path.write_text(json.dumps(record | {"first_talk": ""}) + "\n", "utf-8")
   with pytest.raises(UserError, match="has no room for a reply, expected a larger"):
-    play(config(**few | narrow), tmp_path / "none")
+    play(config(**few | narrow | {"data.path": str(path)}), tmp_path / "none")
 
 
 def test_a_greedy_benchmark_says_so(finished, tmp_path):

@@ -141,8 +141,8 @@ def set_in(entry, **fields):
 @pytest.mark.parametrize(
   ("change", "what"),
   [
-    (drop("history"), "found None as 'history', expected list."),
-    (drop("level"), "found None as 'level', expected str."),
+    (drop("history"), "found no 'history', expected list."),
+    (drop("level"), "found no 'level', expected str."),
     (lambda r: r[1].update(id="none"), "found the scenario 'none', expected one of"),
     (lambda r: r[1].update(task="x"), "found another 'task' than that of scenario"),
     (lambda r: r[1].update(level="odd"), "found the level 'odd', expected one of easy"),
@@ -159,7 +159,7 @@ def test_records_that_do_not_fit_the_run_are_named(copied, change, what):
 @pytest.mark.slow
 def test_ids_that_are_not_those_of_a_message_are_named(copied):
   for change, what in (
-    (lambda r: r[1]["history"][2].pop("ids"), "found None as 'ids', expected list."),
+    (lambda r: r[1]["history"][2].pop("ids"), "found no 'ids', expected list."),
     (set_in(2, ids=[10**6]), "found 'ids' that are no tokens of simulator.path"),
     (set_in(2, content="I am so happy"), "found 'ids' of another text, expected"),
   ):

@@ -2,7 +2,7 @@
 
 import csv
 import io
-import json
+import os
 import subprocess
 import sys
 
@@ -110,6 +110,7 @@ def test_scenarios_are_checked(tmp_path):
     (["{empty}"], "the files have 1 that cannot be counted"),
     (["{bad}", "{empty}", "--skip_broken"], "no file has a record that can be counted"),
     (["{a}", "--by=colour"], "colour"),
+    (["{a}", "--by=need", "--table=differences"], "--by is given"),
   ],
 )
 def test_a_mistake_is_one_sentence(tmp_path, words, said):
@@ -123,13 +124,28 @@ def test_a_mistake_is_one_sentence(tmp_path, words, said):
   assert "Traceback" not in done.stderr and not done.stdout
 
 
-def test_files_of_one_name_are_told_apart_by_their_paths(tmp_path):
-  paths = []
-  for folder in ("one", "two"):
-    (tmp_path / folder).mkdir()
-    paths.append(lines(tmp_path / folder / "a.jsonl", RECORD))
-  done = run(*paths, "--format=csv")
-  assert done.returncode == 0
-  assert {json.dumps(row.split(",")[0]) for row in done.stdout.splitlines()[1:3]} == {
-    json.dumps(str(path)) for path in paths
-  }
+@pytest.mark.parametrize(
+  "names", [("one/a.jsonl", "two/a.jsonl"), ("a.jsonl", "a_result.jsonl", "one/a.jsonl.txt")]
+)
+def test_files_of_one_name_are_told_apart_by_their_paths(tmp_path, names):
+  for i, name in enumerate(names):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    lines(tmp_path / name, *(changed(id=f"s{j}") for j in range(i + 1)))
+  # In their folder, where a path may be what another file would be called.
+  command = [sys.executable, "-m", "rlver_jax.leaderboard", *names, "--format=csv"]
+  environment = os.environ | {"PYTHONPATH": str(runs.REPOSITORY)}
+  done = subprocess.run(
+    command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+  )
+  assert done.returncode == 0, done.stderr
+  found = dict(line.split(",")[:2] for line in done.stdout.splitlines()[1:])
+  assert found == {name: str(i + 1) for i, name in enumerate(names)}
+
+
+def test_who_reads_no_further_gets_no_traceback(files):
+  command = f"{sys.executable} -m rlver_jax.leaderboard {files[0]} {files[1]}; echo $? >&2"
+  done = subprocess.run(
+    f"({command}) | true", shell=True, cwd=runs.REPOSITORY, capture_output=True, text=True,
+    timeout=120,
+  )  # fmt: skip
+  assert done.stderr == "141\n"

@@ -57,6 +57,7 @@ FLAGS = [
   ([GRPO, "--config.dialogue=3"], "flag --config.dialogue=3"),
   ([GRPO, "--config.steps"], "Missing value for flag --config.steps"),
   ([f"{GRPO}:qwen3"], "preset is 'qwen3', expected one of: tiny, qwen2.5-0.5b"),
+  (["--config=configs/eval.py:fidelty"], "qwen2.5-7b, fidelity, capabilities, retention."),
   (["--config=configs/none.py"], "--config is configs/none.py, which cannot be read"),
   (["--config=configs"], "--config is configs, which cannot be read"),
   (["--confg=configs/grpo.py"], "Unknown command line flag 'confg'. Did you mean: config ?"),

@@ -167,11 +167,11 @@ def one(**fields) -> dict:
 @pytest.mark.parametrize(
   ("record", "found"),
   [
-    ([], "None as 'messages', expected list"),
-    ({}, "None as 'messages', expected list"),
+    ([], r"\[\], expected a JSON object"),
+    ({}, "no 'messages', expected list"),
     ({"messages": {}}, "{} as 'messages', expected list"),
     ({"messages": []}, "no message to learn"),
-    ({"messages": ["Hi."]}, "None as 'role', expected str"),
+    ({"messages": ["Hi."]}, "'Hi.', expected a JSON object"),
     (one(role=None), "None as 'role', expected str"),
     (one(role="tool"), "the role 'tool' in message 1, expected one of system, user, assistant"),
     (one(role="t" * 10_000), "the role 'ttt"),

@@ -61,8 +61,12 @@ def test_a_record_is_read(tmp_path):
 
 def test_a_byte_order_mark_and_windows_line_ends_are_no_problem(tmp_path):
   path = tmp_path / "a.jsonl"
-  path.write_bytes(b"\xef\xbb\xbf" + json.dumps(RECORD).encode() + b"\r\n")
-  assert [t.id for t in transcripts.read(path)] == ["bike"]
+  files = (
+    b"\xef\xbb\xbf" + json.dumps(record).encode() + b"\r\n"
+    for record in (RECORD, changed(id="other"))
+  )
+  path.write_bytes(b"".join(files))
+  assert [t.id for t in transcripts.read(path)] == ["bike", "other"]
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
@@ -131,6 +135,8 @@ BROKEN = {
   "no message": ({"history__3": "Tell me."}, "'Tell me.' as the role of message 4"),
   "no known wish": ({"task": "You want tea."}, "which names no known intention"),
   "no character": ({"character": None}, "None as 'character'"),
+  "an empty character": ({"character": " "}, "' ' as 'character', expected a text"),
+  "an empty id": ({"id": ""}, "'' as 'id', expected a text"),
 }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from rlver_jax.dialogue import records, rollout
 from rlver_jax.dialogue import scenario as scenario_lib
 from rlver_jax.dialogue.dialogue import HELD_OUT_STEP, Dialogue
 from rlver_jax.dialogue.policy import Policy
+from rlver_jax.dialogue.scenario import Scenario
 from rlver_jax.dialogue.templates import Templates
 from rlver_jax.errors import UserError
 from rlver_jax.evaluation import board, scores, tables, transcripts
@@ -50,7 +51,7 @@ def open_sources(config: ConfigDict) -> Sources:
   scenarios = scenario_lib.read(scenario_lib.resolve(config.data.path))[0]
   scenarios = scenarios[: config.data.scenarios or len(scenarios)]
   templates = sources_lib.open_templates(config, scenarios, (config.environment.level,))
-  policy = _open_policy(config, templates)
+  policy = _open_policy(config, templates, scenarios)
   simulator = sources_lib.open_simulator(config, scenarios, templates)
   sources_lib.check_server(config)
   if policy is None:
@@ -60,12 +61,14 @@ def open_sources(config: ConfigDict) -> Sources:
   return Sources(mesh, scenarios, (), templates, policy, None, None, simulator)
 
 
-def _open_policy(config: ConfigDict, templates: dict[str, Templates]) -> ModelSource | None:
+def _open_policy(
+  config: ConfigDict, templates: dict[str, Templates], scenarios: Sequence[Scenario]
+) -> ModelSource | None:
   """The policy's model, None where it has none here."""
   if config.policy.kind == "openai":
     return None
   opened = run_policy.open_policy(config.policy)
-  sources_lib.check_policy_room(config, opened, templates)
+  sources_lib.check_policy_room(config, opened, templates, scenarios)
   return opened
 
 
@@ -135,7 +138,7 @@ def _play(
     if not dialogue.replies and not dialogue.failed:
       raise UserError(
         f"scenario {name!r:.60} has no room for a reply, expected a larger "
-        "sampling.max_prompt_tokens or simulator.cache_length."
+        "sampling.max_prompt_tokens or simulator.cache_length (with another --workdir)."
       )
     if processes.is_first():
       with workdir_lib.writing(workdir):

@@ -45,10 +45,18 @@ def read(
   if "" in paths or len({pathlib.Path(p).expanduser().resolve() for p in paths}) < len(paths):
     raise UserError(f"data.recorded is '{data.recorded}', expected files, each once.")
   dialogues: dict[Key, Recorded] = {}
+  broken: dict[str, int] = {}
   for file in paths:
-    for found in _read_file(pathlib.Path(file).expanduser(), data, scenario_of):
+    read_here, broken[file] = _read_file(pathlib.Path(file).expanduser(), data, scenario_of)
+    for found in read_here:
       found.start.index = found.start.group = len(dialogues)  # a part of the random numbers
       dialogues[file, found.start.scenario.id] = found
+  if sum(broken.values()) and not data.skip_broken:
+    counts = ", ".join(f"{file}: {count}" for file, count in broken.items() if count)
+    raise UserError(
+      f"data.recorded has records that are broken ({counts}), expected none (data.skip_broken "
+      "leaves them out)."
+    )
   return dialogues
 
 
@@ -60,7 +68,9 @@ class _Line:
   recorded: Recorded
 
 
-def _read_file(path: pathlib.Path, data: ConfigDict, scenario_of) -> list[Recorded]:
+def _read_file(path: pathlib.Path, data: ConfigDict, scenario_of) -> tuple[list[Recorded], int]:
+  """The dialogues of a file, and how many of its records are broken."""
+
   def make(record: Any) -> _Line:
     told = transcripts.transcript(record)
     return _Line(told.id, _recorded(record, told.emotions, scenario_of))
@@ -78,15 +88,12 @@ def _read_file(path: pathlib.Path, data: ConfigDict, scenario_of) -> list[Record
     if data.dialogues and len(found) == data.dialogues:
       break
   if broken and not data.skip_broken:
-    raise UserError(
-      f"{path} has records that are broken ({broken}), expected none (data.skip_broken leaves them "
-      "out)."
-    )
+    return [], broken
   if not found:
     raise UserError(f"{path} has no dialogue with an appraised reply, expected recorded dialogues.")
   if (broken or idle) and processes.is_first():
     print(f"{path}: left out {broken} broken records and {idle} without an appraised reply.")
-  return found
+  return found, broken
 
 
 def _recorded(record: Any, emotions: tuple[int, ...], scenario_of) -> Recorded:
@@ -144,11 +151,9 @@ def done(file: pathlib.Path, look: Callable[[], Mapping[Key, Any]]) -> set[Key]:
 
 
 def by_file(found: Mapping[Key, Value]) -> dict[str, list[Value]]:
-  """What was found, by a short name of its file, the path where two would have the same."""
-  paths = dict.fromkeys(path for path, _ in found)
-  short = {path: pathlib.Path(path).stem.removesuffix("_result") for path in paths}
-  twice = len(set(short.values())) < len(short)
-  grouped: dict[str, list[Value]] = {path if twice else short[path]: [] for path in paths}
+  """What was found, by the name of its file in tables."""
+  names = transcripts.names(dict.fromkeys(path for path, _ in found))
+  grouped: dict[str, list[Value]] = {name: [] for name in names.values()}
   for (path, _), value in found.items():
-    grouped[path if twice else short[path]].append(value)
+    grouped[names[path]].append(value)
   return grouped

@@ -11,7 +11,8 @@ import codecs
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Collection, Iterator
+import pathlib
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, TypeVar
 
 from rlver_jax.dialogue import emotion as emotion_lib
@@ -54,6 +55,13 @@ class Problem:
 
   line: int
   found: str
+
+
+def names(paths: Iterable[str]) -> dict[str, str]:
+  """What each of these files is called in tables: its name without its end; where two would have
+  the same, all have their paths."""
+  short = {path: pathlib.Path(path).stem.removesuffix("_result") for path in paths}
+  return short if len(set(short.values())) == len(short) else {path: path for path in short}
 
 
 def read(
@@ -103,7 +111,8 @@ def _lines(file) -> Iterator[tuple[int, bytes]]:
     rest = raw
     while len(rest) > LONGEST and not rest.endswith(b"\n"):
       rest = file.readline(LONGEST + 1)
-    yield number, raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+    # Of a file that was put together from several, also further lines begin with the mark.
+    yield number, raw.removeprefix(codecs.BOM_UTF8)
 
 
 def _read_line(raw: bytes, number: int, line_of_id: dict, make):
@@ -162,6 +171,8 @@ def transcript(record: Any) -> Transcript:
 
 def _text(record: dict, name: str) -> str:
   text = field(record, name, str)
+  if not text.strip():
+    raise Misfit(f"{text!r:.60} as {name!r}, expected a text")
   try:
     text.encode("utf-8")
   except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
@@ -188,7 +199,7 @@ def _role(history: list, i: int) -> str:
 
 
 def _emotion(entry: dict, where: str, lowest: int = emotion_lib.MIN_CHANGE) -> int:
-  """The user's emotion. A dialogue ends at zero, so a change may lead below it."""
+  """The user's emotion. Its last change may lead below zero."""
   value = _integer(entry, "emotion-point", where)
   if not lowest <= value <= emotion_lib.MAX_EMOTION:
     raise Misfit(
