@@ -8,6 +8,7 @@ import pathlib
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from rlver_jax.evaluation import scores
 from rlver_jax.evaluation.transcripts import Transcript
@@ -71,6 +72,16 @@ def test_the_interval_is_that_of_resampled_dialogues():
   means = rng.choice(finals, (40_000, 7)).mean(1)
   found = scores.score(transcripts(finals.tolist())).interval
   np.testing.assert_allclose(found, np.quantile(means, [0.025, 0.975]), atol=1.5)
+
+
+def test_intervals_of_counts_are_binomial():
+  """Resampling n dialogues of which k succeed draws from the binomial distribution of n and k/n."""
+  finals = [100] * 12 + [50] * 25 + [9] * 3
+  found = scores.score(transcripts(finals))
+  assert (found.success, found.failure) == (12, 3)
+  for bounds, count in ((found.success_interval, 12), (found.failure_interval, 3)):
+    expected = scipy.stats.binom.ppf([0.025, 0.975], 40, count / 40)
+    np.testing.assert_allclose(bounds, expected, atol=1)
 
 
 def test_one_dialogue_has_an_interval_without_width():

@@ -240,6 +240,8 @@ def _write(workdir: pathlib.Path, sources: Sources) -> dict[str, Any]:
     "mean": float(total.mean),
     "score": scores.rounded(total.mean),
     "interval": list(total.interval),
+    "success_interval": list(total.success_interval),
+    "failure_interval": list(total.failure_interval),
     "failed": len(found) - len(scored),
     "cut_short": sum(record["end"] == "length" for record in found),
   }

@@ -7,8 +7,11 @@ from rlver_jax.evaluation.tables import Range
 from rlver_jax.evaluation.transcripts import Transcript
 
 INTERVAL = Range("95% low", "95% high", "95% interval")
+SUCCESS, FAILURE = (Range(f"{x} low", f"{x} high", "95% interval") for x in ("success", "failure"))
 # tokens: of a reply.
-HEAD = ("dialogues", "score", INTERVAL, "success", "failure", "replies", "tokens")
+HEAD = (
+  "dialogues", "score", INTERVAL, "success", SUCCESS, "failure", FAILURE, "replies", "tokens"
+)  # fmt: skip
 
 
 def models(found: dict[str, list[Transcript]], by: str | None) -> tables.Rows:
@@ -52,10 +55,16 @@ def _cells(dialogues: Sequence[Transcript]) -> tables.Row:
     scores.rounded(s.mean),
     _interval(s.interval),
     str(s.success),
+    _counts(s.success_interval),
     str(s.failure),
+    _counts(s.failure_interval),
     f"{s.replies:.1f}",
     "-" if s.tokens is None else f"{s.tokens:.0f}",
   ]
+
+
+def _counts(bounds: tuple[float, float]) -> Range:
+  return Range(*(f"{bound:.0f}" for bound in bounds))
 
 
 def _interval(bounds: tuple[float, float], sign: str = "") -> Range:

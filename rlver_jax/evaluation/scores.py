@@ -33,16 +33,18 @@ GROUPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-  """mean: of the final emotions, in points; interval: of the mean. success, failure: counts of
-  dialogues. replies: the mean number a dialogue. tokens: the mean number that the policy sampled
-  for a reply, its thought included; None where the records do not say.
+  """mean: of the final emotions, in points. success, failure: counts of dialogues. The intervals
+  are of these three. replies: the mean number a dialogue. tokens: the mean number that the policy
+  sampled for a reply, its thought included; None where the records do not say.
   """
 
   dialogues: int
   mean: fractions.Fraction
   interval: tuple[float, float]
   success: int
+  success_interval: tuple[float, float]
   failure: int
+  failure_interval: tuple[float, float]
   replies: float
   tokens: float | None
 
@@ -64,14 +66,17 @@ class Difference:
 def score(transcripts: Sequence[Transcript]) -> Score:
   """The numbers of at least one dialogue."""
   final = np.array([t.final for t in transcripts])
+  succeeds, fails = final >= emotion_lib.SUCCESS, final < emotion_lib.FAILURE
   replies = sum(t.replies for t in transcripts)
   tokens = [t.tokens for t in transcripts if t.tokens is not None]
   return Score(
     dialogues=len(final),
     mean=fractions.Fraction(int(final.sum()), len(final)),
     interval=interval(final),
-    success=int((final >= emotion_lib.SUCCESS).sum()),
-    failure=int((final < emotion_lib.FAILURE).sum()),
+    success=int(succeeds.sum()),
+    success_interval=_of_count(succeeds),
+    failure=int(fails.sum()),
+    failure_interval=_of_count(fails),
     replies=replies / len(final),
     tokens=sum(tokens) / replies if replies and len(tokens) == len(final) else None,
   )
@@ -106,6 +111,11 @@ def rounded(mean: fractions.Fraction) -> str:
   """To one decimal, halves away from zero, as the leaderboard prints scores."""
   tenths = math.floor(abs(mean) * 10 + fractions.Fraction(1, 2))
   return f"{'-' if mean < 0 and tenths else ''}{tenths // 10}.{tenths % 10}"
+
+
+def _of_count(chosen: np.ndarray) -> tuple[float, float]:
+  low, high = interval(chosen.astype(int))
+  return low * len(chosen), high * len(chosen)
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
