@@ -173,6 +173,7 @@ def test_the_checkpoint_stays_the_same_to_the_end(trained, tmp_path):
   assert read(tmp_path / "later") != read(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_not_there_is_named(trained, tmp_path):
   changes = {"policy.path": str(trained[1]), "policy.step": 7}
   with pytest.raises(UserError, match="7"):

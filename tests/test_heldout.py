@@ -220,4 +220,4 @@ def test_files_of_other_scenarios_or_damaged_ones_are_refused(copied, changes):
   lines = records(copied, "after")
   del lines[1]["history"][2]["planning"]
   before.write_text("".join(json.dumps(line) + "\n" for line in lines))
-  assert refusal() == f"{before}, line 2: found None as 'planning', expected dict."
+  assert refusal() == f"{before}, line 2: found no 'planning', expected dict."

@@ -165,10 +165,10 @@ def test_the_first_broken_line_is_named(read):
   good = json.dumps(chat(0)).encode()
   assert ", line 3: found no JSON" in refusal(read, b"\n".join([good, good, b"{]", b"{]"]))
   text = refusal(read, [chat(0), dialogue()])
-  assert text.endswith("line 2: found None as 'messages', expected list.")
+  assert text.endswith("line 2: found no 'messages', expected list.")
   for kind in ("policy", "simulator"):
     text = refusal(read, [dialogue(), chat(0)], **{"data.kind": kind})
-    assert text.endswith("line 2: found None as 'id', expected str.")
+    assert text.endswith("line 2: found no 'id', expected str.")
 
 
 def test_line_ends_are_those_of_any_system_and_separators_are_text(read):
