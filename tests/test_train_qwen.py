@@ -86,7 +86,7 @@ def test_two_steps_on_real_weights_with_a_resume_between(qwen_path, tmp_path):
 @pytest.mark.qwen
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_two_steps_of_ppo_on_real_weights_with_shared_lower_layers(qwen_path, tmp_path):
+def test_a_step_of_ppo_on_real_weights_with_shared_lower_layers(qwen_path, tmp_path):
   """The critic trains four layers of its own, above the policy's twenty lowest."""
   changes = {
     "dialogue.scenarios_per_step": 2,
@@ -94,10 +94,10 @@ def test_two_steps_of_ppo_on_real_weights_with_shared_lower_layers(qwen_path, tm
     "critic.shared_layers": 20,
     "simulator.kind": "scripted",  # the other test has a model as user
   }
-  output = run_steps("ppo", 2, tmp_path, qwen_path, **changes)
+  output = run_steps("ppo", 1, tmp_path, qwen_path, **changes)
   peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
   print(f"\npeak memory {peak:.1f} GiB\n{output}")
   assert peak < 20
-  for m in check_step(tmp_path, [1, 2]):
+  for m in check_step(tmp_path, [1]):
     assert m["critic/skipped"] == 0
     assert m["critic/gradient_norm"] > 0
