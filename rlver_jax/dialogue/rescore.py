@@ -134,7 +134,7 @@ def _recorded(record, scenarios, rules, levels, tokenizer) -> Recorded:
 def _check_ids(message: UserMessage, tokenizer: Tokenizer) -> None:
   """Raises Misfit unless a message has the ids that a language-model user sampled."""
   if message.ids is None:
-    raise Misfit("None as 'ids', expected list")
+    raise Misfit("no 'ids', expected list")
   if not records_lib.are_ids(message.ids, tokenizer):
     raise Misfit("'ids' that are no tokens of simulator.path, expected those of the message")
   if not records_lib.spells(message, tokenizer):
