@@ -13,16 +13,20 @@ MODELS = {
 }
 
 
-def model(preset: str) -> str:
-  """The path of a preset's model; ValueError where there is no such preset."""
+def model(preset: str, *others: str) -> str:
+  """The path of a preset's model; ValueError, which also names `others`, where there is none."""
   if preset not in MODELS:
-    raise ValueError(f"preset is '{preset}', expected one of: {', '.join(MODELS)}.")
+    known = ", ".join((*MODELS, *others))
+    raise ValueError(f"preset is '{preset}', expected one of: {known}.")
   return MODELS[preset]
 
 
-def base(preset: str) -> ConfigDict:
-  """Every field with the preset's values; what an algorithm sets otherwise is in its own file."""
-  config = ConfigDict(recipe.published(model(preset)))
+def base(preset: str, *others: str) -> ConfigDict:
+  """Every field with the preset's values; what an algorithm sets otherwise is in its own file.
+
+  others: presets without a model, which the caller knows by itself.
+  """
+  config = ConfigDict(recipe.published(model(preset, *others)))
   if preset == "tiny":
     _tiny(config)
   elif preset != "qwen2.5-7b":

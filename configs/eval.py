@@ -31,10 +31,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     return ConfigDict(_capabilities(common.base(model or "tiny"), (model or "tiny") == "tiny"))
   if kind == RETENTION:
     return ConfigDict(_retention(common.base(model or "tiny")))
-  if kind not in common.MODELS:
-    known = ", ".join((*common.MODELS, FIDELITY, CAPABILITIES, RETENTION))
-    raise ValueError(f"preset is '{preset}', expected one of: {known}.")
-  config = ConfigDict(_benchmark(common.base(preset)))
+  config = ConfigDict(_benchmark(common.base(preset, FIDELITY, CAPABILITIES, RETENTION)))
   if preset == "tiny":
     config.data.path = "tiny-held-out"
   return config
