@@ -269,7 +269,7 @@ def published(path: str) -> dict:
       "microbatch": 8,
       # Tokens, over all rows of a microbatch, whose logits are alive at a time.
       "logprob_chunk": 1024,
-      # The smallest padded row length; larger ones double up to the longest row.
+      # The smallest padded row length; larger ones double up to the longest row, with one halfway.
       "smallest_row": 1024,
       # Consecutive updates with a loss or gradient that is not finite that end the run.
       "max_nonfinite": 3,

@@ -63,11 +63,11 @@ def _dialogues_of_a_step(config: ConfigDict) -> int:
   return config.dialogue.scenarios_per_step * (config.dialogue.group_size + greedy)
 
 
-def ladder(longest: int, smallest: int, *, middle: bool) -> tuple[int, ...]:
-  """Sizes that double from `smallest` up to `longest`, if asked for with one halfway between."""
+def ladder(longest: int, smallest: int) -> tuple[int, ...]:
+  """Sizes that double from `smallest` up to `longest`, with one halfway between."""
   sizes, size = [], smallest
   while size < longest:
-    sizes += [size, size * 3 // 2] if middle else [size]
+    sizes += [size, size * 3 // 2]
     size *= 2
   return tuple(sorted({*(s for s in sizes if s < longest), longest}))
 
@@ -78,18 +78,18 @@ def engine_settings(
   """The sizes of an engine whose slots hold `cache_length` tokens, by the section `sampling`;
   longest_answer: most tokens of an answer, beyond which none are drawn at a time."""
   s = config.sampling
-  windows = ladder(cache_length, s.smallest_window, middle=True)
+  windows = ladder(cache_length, s.smallest_window)
   steps = min(s.decode_steps, longest_answer)
   return EngineSettings(slots(config, mesh), windows, tuple(s.extend_buckets), steps)
 
 
 def row_lengths(config: ConfigDict) -> tuple[int, ...]:
-  """The padded row lengths: doubling up to the longest row that a dialogue can make."""
+  """The padded row lengths, up to the longest row that a dialogue can make."""
   s = config.sampling
   longest = s.max_prompt_tokens + s.max_response_tokens
   if config.dialogue.mode == "think":  # a thought and its reply stand beside the context
     longest += config.dialogue.max_turns * s.max_new_tokens
-  return ladder(longest, config.training.smallest_row, middle=False)
+  return ladder(longest, config.training.smallest_row)
 
 
 def build_rules(config: ConfigDict) -> Rules:

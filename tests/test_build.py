@@ -79,26 +79,24 @@ def test_a_critic_may_warm_up_for_all_of_a_run():
 
 
 @pytest.mark.parametrize(
-  ("longest", "smallest", "middle", "sizes"),
+  ("longest", "smallest", "sizes"),
   [
-    (1024, 1024, True, (1024,)),
-    (1000, 1024, True, (1000,)),
-    (1025, 1024, True, (1024, 1025)),
-    (5000, 1024, True, (1024, 1536, 2048, 3072, 4096, 5000)),
-    (5000, 1024, False, (1024, 2048, 4096, 5000)),
-    (7, 1, False, (1, 2, 4, 7)),
-    (7, 1, True, (1, 2, 3, 4, 6, 7)),
+    (1024, 1024, (1024,)),
+    (1000, 1024, (1000,)),
+    (1025, 1024, (1024, 1025)),
+    (5000, 1024, (1024, 1536, 2048, 3072, 4096, 5000)),
+    (7, 1, (1, 2, 3, 4, 6, 7)),
   ],
 )
-def test_ladders_double_up_to_the_longest(longest, smallest, middle, sizes):
-  assert build.ladder(longest, smallest, middle=middle) == sizes
+def test_ladders_double_up_to_the_longest(longest, smallest, sizes):
+  assert build.ladder(longest, smallest) == sizes
 
 
 def test_the_longest_row_has_room_for_every_thought_beside_the_context():
   direct = runs.config(**{"training.smallest_row": 256})
-  assert build.row_lengths(direct) == (256, 512, 640)
+  assert build.row_lengths(direct) == (256, 384, 512, 640)
   think = runs.config(**{"training.smallest_row": 256, "dialogue.mode": "think"})
-  assert build.row_lengths(think) == (256, 512, 656)
+  assert build.row_lengths(think) == (256, 384, 512, 656)
 
 
 @pytest.mark.parametrize(
