@@ -8,6 +8,8 @@ import tempfile
 
 import pytest
 
+from rlver_jax import cli
+
 # Before JAX is imported: what one test compiles, the others and their subprocesses read.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   _folder = tempfile.mkdtemp(prefix="rlver-tests-xla-")
@@ -15,11 +17,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["JAX_COMPILATION_CACHE_DIR"] = _folder
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-# The same results from programs that are compiled in a third of the time: fusions are not each a
-# module of LLVM's with passes of its own.
+# As the package's own programs, and in one piece: a test has one CPU core.
 os.environ["XLA_FLAGS"] = (
-  f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false "
-  "--xla_cpu_parallel_codegen_split_count=1"
+  f"{os.environ.get('XLA_FLAGS', '')} {cli.XLA_FLAG} --xla_cpu_parallel_codegen_split_count=1"
 )
 
 import jax

@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -182,6 +183,19 @@ def test_what_a_terminal_cannot_show_does_not_end_the_run(monkeypatch):
   monkeypatch.setattr(sys, "stdout", terminal)
   cli.show("é 你 \ud800")
   assert terminal.buffer.getvalue() == "é ? ?\n".encode("latin-1")
+
+
+def test_flags_of_the_compiler_are_added_to_those_of_the_user(monkeypatch):
+  with runs.command_settings(monkeypatch):
+    for given, expected in (
+      ("", cli.XLA_FLAG),
+      ("--xla_dump_to=here", f"--xla_dump_to=here {cli.XLA_FLAG}"),
+      ("--xla_cpu_use_fusion_emitters=true", "--xla_cpu_use_fusion_emitters=true"),
+    ):
+      monkeypatch.setenv("XLA_FLAGS", given)
+      for _ in range(2):
+        cli.configure_jax(runs.config())
+        assert os.environ["XLA_FLAGS"] == expected
 
 
 def test_overrides_reach_the_run(run_main, tmp_path, monkeypatch):
