@@ -21,13 +21,14 @@ def run_steps(
     "simulator.dtype": "float32",
     "simulator.max_plan_tokens": 4,
     "simulator.max_message_tokens": 4,
-    "simulator.cache_length": 2560,
-    "data.path": "en",
+    "simulator.templates": "tiny",  # prompts of a few words, as are the scenarios
+    "simulator.cache_length": 1024,
+    "data.path": "tiny",
     "dialogue.max_turns": 2,
     "sampling.max_new_tokens": 8,
     "sampling.max_prompt_tokens": 256,
     "sampling.max_response_tokens": 128,
-    "sampling.smallest_window": 2560,  # one window and one bucket: few programs to compile
+    "sampling.smallest_window": 1024,  # one window and one bucket: few programs to compile
     "sampling.extend_buckets": (128,),
     "training.microbatch": 2,
     "training.smallest_row": 128,
