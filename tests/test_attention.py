@@ -101,7 +101,9 @@ def attend_by_hand(q, k, v, branch_BT):
 
 # Blocks that do not divide the 10 tokens, that do, and that are longer than the row.
 @pytest.mark.parametrize("query_block", [3, 5, 512])
-def test_attention_equals_a_loop_over_tokens(query_block):
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])  # one row at a time, or all at once
+def test_attention_equals_a_loop_over_tokens(query_block, platform, monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: platform)
   second, third = DOCUMENT, 2 * DOCUMENT
   branch_BT = np.array(
     [
@@ -133,7 +135,11 @@ def test_documents_of_a_row_are_as_if_alone(model):
 
 
 @pytest.mark.parametrize("query_block", [6, 7])
-def test_gradients_through_query_blocks_equal_those_of_the_whole(query_block):
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_gradients_through_query_blocks_equal_those_of_the_whole(
+  query_block, platform, monkeypatch
+):
+  monkeypatch.setattr(jax, "default_backend", lambda: platform)
   branch_BT = jnp.asarray(np.array([BRANCH_T[:18], np.zeros(18)], np.int32))
   qkv = random_qkv(18, seed=1)
   target = random_qkv(18, seed=2)[0]

@@ -52,11 +52,13 @@ def tree_attention(branch_BT: jax.Array, query_block: int | None = None) -> Atte
   if query_block is None:
     query_block = CPU_QUERY_BLOCK if on_cpu else QUERY_BLOCK
 
+  attend = functools.partial(_attend, query_block=query_block)
+  if on_cpu:
+    attend = functools.partial(_one_by_one, attend)
+
   def attention(q_BTHK, k_BTGK, v_BTGK, layer, state):
     del layer
-    rows = q_BTHK, k_BTGK, v_BTGK, branch_BT
-    attend = functools.partial(_attend, query_block=query_block)
-    return (_one_by_one(attend, *rows) if on_cpu else attend(*rows)), state
+    return attend(q_BTHK, k_BTGK, v_BTGK, branch_BT), state
 
   return attention
 
