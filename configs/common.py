@@ -49,7 +49,7 @@ def _small(config: ConfigDict) -> None:
 
 def _tiny(config: ConfigDict) -> None:
   """Embedded models in the embedded world: a policy that learns within minutes on two CPU cores."""
-  config.steps = 12
+  config.steps = 16
   config.policy.update(dtype="float32", remat="none")
   config.cpu_devices = 2
   config.mesh.update(data=-1, fsdp=1)
@@ -67,6 +67,6 @@ def _tiny(config: ConfigDict) -> None:
   )  # fmt: skip
   config.reward.kind = "change"
   config.algorithm.update(kl_coef=0.01, minibatches=2)
-  config.optimizer.learning_rate = 5e-4
-  config.training.update(microbatch=8, smallest_row=640)
+  config.optimizer.update(learning_rate=5e-4, schedule="cosine")
+  config.training.update(microbatch=8, smallest_row=672)
   config.checkpoint.every = 10

@@ -65,6 +65,7 @@ SMALL = {
   "algorithm.kl_coef": 0.0,
   "algorithm.minibatches": 1,
   "optimizer.learning_rate": 0.01,
+  "optimizer.schedule": "constant",
   "optimizer.warmup_fraction": 0.5,
   "training.microbatch": 2,
   "training.smallest_row": 1024,

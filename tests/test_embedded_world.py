@@ -56,8 +56,9 @@ def test_splits_share_no_text_beyond_templates():
   # Coined words are for training alone, and none of them is a held-out word.
   lists = [WORDS["held_out_nouns"].split(), WORDS["nouns"].split()]
   rng = scenarios.generator("coined")
-  coined = {scenarios.coin(rng, words) for words in lists for _ in range(5000)}
-  assert len(coined) > 8000 and not coined & every[1]
+  for strange in (0.0, 1.0):
+    coined = {scenarios.coin(rng, words, strange) for words in lists for _ in range(5000)}
+    assert len(coined) > 8000 and not coined & every[1]
   in_details = {
     w
     for i in range(2000)
@@ -176,6 +177,19 @@ def test_a_stuck_helper_says_again_what_it_can():
   assert len({text.casefold().split("the ")[0] for text in earlier}) == 1
 
 
+def test_a_helper_goes_through_its_list_in_turn():
+  habits = Habits(1.0, 0.0, tied=1.0, second=0.0, mixed=0.0, in_turn=1.0)
+  templates = WORDS["good"]["advice"]["first"]
+  rng, earlier, used = scenarios.generator("in turn"), [], []
+  for _ in range(len(templates) - 1):
+    text = helper.reply(habits, "advice", ["the red ladder"], earlier, None, rng).text
+    sentences = (template.format(x="the red ladder").casefold() for template in templates)
+    used.append(list(sentences).index(text.casefold()))
+    earlier.append(text)
+  # Each is the next after the last one; at the end of the list it begins anew.
+  assert used == [(used[0] + i) % len(templates) for i in range(len(used))]
+
+
 def test_dialogues_are_records_of_a_real_state_machine(tmp_path):
   dialogues.write(tmp_path / "some.jsonl", MIXED, 12, 4)
   dialogues.write(tmp_path / "again.jsonl", MIXED, 12, 4)
@@ -204,6 +218,14 @@ def test_a_patient_user_stays_for_all_turns_of_a_helper_that_never_repeats_itsel
     lengths.add(len(replies))
   assert len(lengths) > 2
   assert again <= 1  # two of its templates are nearly the same
+
+
+def test_some_dialogues_are_those_of_an_able_helper():
+  plan = Plan("train", Habits(0.0, 1.0), 0.0, turns=(8, 8), able=0.5)
+  finals = [dialogues.play(plan, number, 3).emotion for number in range(60)]
+  able = [final for final in finals if final >= 50]
+  assert 15 < len(able) < 45
+  assert max(final for final in finals if final < 50) < 10
 
 
 def _mean_final(reply_of, count: int = 64) -> float:

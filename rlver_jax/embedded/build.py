@@ -22,7 +22,7 @@ from absl import flags
 
 from rlver_jax import cli, files
 from rlver_jax.embedded import dialogues as dialogues_lib
-from rlver_jax.embedded import drill
+from rlver_jax.embedded import drill, helper
 from rlver_jax.embedded import scenarios as scenarios_lib
 from rlver_jax.embedded.dialogues import Plan
 from rlver_jax.embedded.helper import Habits
@@ -57,16 +57,21 @@ class Stage:
     return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
-# A helper that mostly does what is needed comes first, which teaches what depends on what; then
-# the mixture of good and poor replies that the policy is to start with. Short dialogues cost least
-# a token; whole ones follow, for what is far into a dialogue.
-_ABLE = Plan("train", Habits(0.85, 0.1, long=0.03), thinking=0.5, turns=(1, 4), coined=0.7)
-_POLICY = Plan("train", Habits(0.5, 0.25, long=0.03), thinking=0.5, turns=(5, 10), coined=0.7)
-# A helper that never says a thing twice, which shows in long dialogues alone.
-_VARIED = Plan(
-  "train", Habits(1.0, 0.0, tied=0.95, foreign=0.0, mixed=0.0), thinking=0.5, turns=(12, 16),
-  coined=0.7, patient=True,
-)  # fmt: skip
+# A helper that mostly does what is needed comes first, which teaches what depends on what; then one
+# that never says a thing twice, which shows in long dialogues alone; then the mixture of good and
+# poor replies that the policy is to start with. Some of its dialogues are still those of the able
+# helper, or what it can would be forgotten. Short dialogues cost least a token.
+_WORDS = {"coined": 0.7, "strange": 0.6}
+_HELPFUL = Plan("train", Habits(0.85, 0.1, long=0.03), thinking=0.5, turns=(1, 4), **_WORDS)
+_VARIED = Plan("train", helper.ABLE, thinking=0.5, turns=(12, 16), patient=True, **_WORDS)
+_POLICY = Plan(
+  "train",
+  Habits(0.22, 0.35, long=0.03, repeated=0.0, in_turn=0.9),
+  thinking=0.5,
+  turns=(5, 10),
+  able=0.3,
+  **_WORDS,
+)
 # A simulated user meets more of what is rare and of what a policy in training comes up with.
 _SIMULATOR = Plan(
   "train",
@@ -84,12 +89,11 @@ _REPEAT = Stage("repeat", 6000, 500, 2, 512, 3e-3)
 STAGES = {
   "policy": (
     _REPEAT,
-    Stage(_ABLE, 12000, 500, 4, 1152, 3e-3),
-    Stage(_ABLE, 12000, 600, 4, 1152, 3e-3),
-    Stage(_VARIED, 2500, 400, 3, 1664, 3e-3),
-    Stage("spell", 8000, 900, 2, 512, 3e-3),
-    Stage(_VARIED, 2500, 250, 3, 1664, 3e-3),
-    Stage(_POLICY, 2500, 250, 3, 1664, 2e-3),
+    Stage(_HELPFUL, 12000, 500, 4, 1152, 3e-3),
+    Stage(_HELPFUL, 12000, 600, 4, 1152, 3e-3),
+    Stage(_VARIED, 3000, 400, 3, 1664, 3e-3),
+    Stage(_VARIED, 6000, 1200, 3, 1792, 3e-3),
+    Stage(_POLICY, 2500, 300, 3, 1664, 2e-3),
   ),
   "simulator": (
     _REPEAT,
@@ -172,9 +176,9 @@ def train(model: str, workdir: pathlib.Path) -> pathlib.Path:
     export.export(run, exported, step=None, best=False, dtype=dtype)
   held_out = {"loss": round(summary["held_out_loss"], 4)}
   if model == "simulator":
-    for helper, habits in HELPERS.items():
+    for whose, habits in HELPERS.items():
       found = measure(str(exported), habits)
-      held_out[helper] = {"turns": found.turns} | {
+      held_out[whose] = {"turns": found.turns} | {
         name: round(getattr(found, name), 4) for name in ("sign", "error", "unread")
       }
   manifest = {

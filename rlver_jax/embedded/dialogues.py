@@ -27,8 +27,10 @@ class Plan:
   split: of the scenarios; thinking: share of dialogues whose helper thinks before it speaks;
   emotions: the lowest and the highest at the start; turns: the fewest and the most; unopened:
   share of dialogues in which the user words the opening itself (else the scenario has it); coined:
-  share of the words of details that mean nothing; patient: the user takes each reply for a part of
-  what it wants, so that a dialogue has all its turns, however well or badly it goes.
+  share of the words of details that mean nothing; strange: of these, the share that is put together
+  from any letters or parts of any words; patient: the user takes each reply for a part of
+  what it wants, so that a dialogue has all its turns, however well or badly it goes; able: share of
+  dialogues whose helper has the habits `helper.ABLE`, whatever those of the others are.
   """
 
   split: str
@@ -38,7 +40,9 @@ class Plan:
   turns: tuple[int, int] = (8, 8)
   unopened: float = 0.0
   coined: float = 0.0
+  strange: float = 0.0
   patient: bool = False
+  able: float = 0.0
 
 
 def play(plan: Plan, number: int, seed: int) -> Dialogue:
@@ -47,7 +51,9 @@ def play(plan: Plan, number: int, seed: int) -> Dialogue:
   opened = rng.random() >= plan.unopened
   rules = Rules(_between(rng, plan.emotions), _between(rng, plan.turns))
   thinks = rng.random() < plan.thinking
-  told = scenario(plan.split, number, seed, opened, plan.coined)
+  if plan.able and rng.random() < plan.able:
+    plan = dataclasses.replace(plan, habits=helper.ABLE)
+  told = scenario(plan.split, number, seed, opened, plan.coined, plan.strange)
   dialogue = Dialogue(number, number, told, rules)
   return finish(dialogue, seed, lambda d: _reply(plan, d, thinks, rng), plan.patient)
 
@@ -75,7 +81,7 @@ def _reply(plan: Plan, dialogue: Dialogue, thinks: bool, rng: random.Random) -> 
   # What was said last is the nearest at hand.
   near = told[:1] * 3 + told[1:] or ["it"]
   earlier = [turn.reply.text for turn in dialogue.turns]
-  untold = functools.partial(detail, plan.split, coined=plan.coined)
+  untold = functools.partial(detail, plan.split, coined=plan.coined, strange=plan.strange)
   made = helper.reply(plan.habits, dialogue.scenario.intention, near, earlier, untold, rng)
   return PolicyReply(made.text, made.thought if thinks else None, True, True, 0)
 

@@ -3,8 +3,6 @@
 repeat     some words, and the same again. A model that starts with dialogues guesses details
            long before it copies them; one that has done this copies from the start, also words
            that it never met.
-spell      the same with words of any letters: to copy what it has never met, a model must not lean
-           on what it has.
 recognise  a scenario and replies of all kinds, each followed by what it does, the first line of
            its appraisal. In whole appraisals the few words on which all others hang are lost
            among many that are easy.
@@ -16,8 +14,6 @@ weigh      as recognise with replies that are easy to tell apart, each followed 
 import dataclasses
 import functools
 import pathlib
-import random
-import string
 from collections.abc import Callable
 
 from rlver_jax import json_lines
@@ -27,11 +23,10 @@ from rlver_jax.dialogue.simulators.chat import appraisal_text, persona_text, que
 from rlver_jax.dialogue.simulators.scripted import details
 from rlver_jax.embedded import helper
 from rlver_jax.embedded.helper import Habits
-from rlver_jax.embedded.scenarios import detail, generator, pick, scenario
+from rlver_jax.embedded.scenarios import detail, generator, scenario
 
 COINED = 0.7  # share of the words of details that mean nothing
 WORDS = (1, 6)  # repeat: the fewest details and the most in an example, of two words each
-LETTERS = (3, 9)  # spell: the fewest and the most of a word
 TIMES = 3  # repeat: that they are said again: the sooner a model finds out that they are
 REPLIES = 8  # in an example of the others
 # recognise: all kinds of replies are about as frequent.
@@ -49,27 +44,17 @@ def write(path: pathlib.Path, exercise: str, split: str, count: int, seed: int) 
   json_lines.write(path, ({"messages": make(split, seed, number)} for number in range(count)))
 
 
-def _repeated(exercise: str, letters: float, split: str, seed: int, number: int) -> list[dict]:
-  """letters: share of the details that are put together from any letters, in training."""
-  rng = generator(exercise, seed, split, number)
-  letters *= split == "train"
-
-  def words() -> str:
-    if letters and rng.random() < letters:
-      return f"{_any_letters(rng)} {_any_letters(rng)}"
-    # Without articles and commas: what comes after a word that comes once is easiest to find.
-    return detail(split, rng, _coined(split)).removeprefix("the ")
-
+def _repeated(split: str, seed: int, number: int) -> list[dict]:
+  rng = generator("repeat", seed, split, number)
   fewest, most = WORDS
-  text = " ".join(words() for _ in range(fewest + int(rng.random() * (most - fewest + 1))))
+  # Without articles and commas: what comes after a word that comes once is easiest to find.
+  words = (
+    detail(split, rng, _coined(split)).removeprefix("the ")
+    for _ in range(fewest + int(rng.random() * (most - fewest + 1)))
+  )
+  text = " ".join(words)
   said = (("system", "Say it again."), ("user", text), ("assistant", " ".join([text] * TIMES)))
   return [_message(role, content) for role, content in said]
-
-
-def _any_letters(rng: random.Random) -> str:
-  shortest, longest = LETTERS
-  length = shortest + int(rng.random() * (longest - shortest + 1))
-  return "".join(pick(rng, string.ascii_lowercase) for _ in range(length))
 
 
 def _judged(
@@ -108,8 +93,7 @@ def _message(role: str, content: str, **more) -> dict:
 
 
 EXERCISES: dict[str, Callable[[str, int, int], list[dict]]] = {
-  "repeat": functools.partial(_repeated, "repeat", 0.0),
-  "spell": functools.partial(_repeated, "spell", 0.5),
+  "repeat": _repeated,
   "recognise": functools.partial(_judged, "recognise", ALL_KINDS, False),
   "weigh": functools.partial(_judged, "weigh", CLEAR, True),
   "appraise": functools.partial(_judged, "appraise", NEARLY, True),

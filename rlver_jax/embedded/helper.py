@@ -23,12 +23,13 @@ class Habits:
   """How a helper chooses; shares in 0..1.
 
   matched: of replies that do what the user needs; poor: of those of `POOR`; the rest does one of
-  the other good things. long, repeated: shares of the poor ones, the other four are alike.
-  tied: of good replies that take up a detail of the user's; foreign: that bring in one that the
-  user never told; the rest stays vague. second: of replies with a second sentence; kind: of those
-  whose second sentence is kind in general. mixed: of good replies that do two things. stuck: of
-  their sentences that are as one before, if with another detail. garbled: of replies that come out
-  as those of a policy in disarray do.
+  the other good things. long, repeated: shares of the poor ones, the other four are alike. tied: of
+  good replies that take up a detail of the user's; foreign: that bring in one that the user never
+  told; the rest stays vague. second: of replies with a second sentence; kind: of those whose second
+  sentence is kind in general. mixed: of good replies that do two things. stuck: of their sentences
+  that are as one before, if with another detail. in_turn: of the others, those that come next in
+  the list of what can be said. garbled: of replies that come out as those of a policy in disarray
+  do.
   """
 
   matched: float
@@ -41,7 +42,12 @@ class Habits:
   kind: float = 0.35
   mixed: float = 0.08
   stuck: float = 0.0
+  in_turn: float = 0.0
   garbled: float = 0.0
+
+
+# Does what is needed in every reply, and never says a thing twice.
+ABLE = Habits(1.0, 0.0, tied=0.95, foreign=0.0, mixed=0.0, in_turn=0.9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,17 +135,26 @@ def _good(habits: Habits, purpose: str, told, earlier, untold, rng) -> str:
 
 
 def _template(habits: Habits, templates: list[str], earlier: list[str], rng: random.Random) -> str:
-  """A template that no earlier reply was made from, if there is one left, or on purpose one that
-  was."""
-
-  def is_used(template: str) -> bool:
-    pieces = [piece.casefold() for piece in template.split("{x}")]
-    return any(all(piece in text.casefold() for piece in pieces) for text in earlier)
-
-  used = [template for template in templates if is_used(template)]
+  """A template that no earlier reply was made from, if there is one left (with `in_turn` the next
+  in the list after the last one used), or on purpose one that was."""
+  # Of each template the last reply that was made from it.
+  used = {
+    template: max(said)
+    for template in templates
+    if (said := [i for i, text in enumerate(earlier) if _is_from(template, text)])
+  }
   if habits.stuck and used and rng.random() < habits.stuck:
-    return pick(rng, used)
+    return pick(rng, list(used))
+  last = templates.index(max(used, key=used.get)) if used else 0
+  unused = [t for t in templates[last:] + templates[:last] if t not in used]
+  if habits.in_turn and used and unused and rng.random() < habits.in_turn:
+    return unused[0]
   return pick(rng, [t for t in templates if t not in used] or templates)
+
+
+def _is_from(template: str, text: str) -> bool:
+  """Whether a reply has a sentence that is made from this template."""
+  return all(piece.casefold() in text.casefold() for piece in template.split("{x}"))
 
 
 def _poor(habits: Habits, purpose: str, told, untold, rng) -> str:

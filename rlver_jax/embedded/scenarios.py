@@ -14,6 +14,7 @@ import itertools
 import pathlib
 import random
 import re
+import string
 import tomllib
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +31,7 @@ SPLITS = ("train", "held_out")
 INTENTIONS = (*scenario_lib.EMOTIONAL, *scenario_lib.RATIONAL)
 CHARACTERS = ("negative", "passive", "avoidant")
 DETAILS = 3  # of a story
+LETTERS = (5, 9)  # of a coined word of any letters: the fewest and the most
 _HELD_OUT_FROM = 7  # of the eight package scenarios of an intention, the 7th and 8th
 
 
@@ -70,16 +72,34 @@ def word_lists(split: str) -> tuple[str, ...]:
   return tuple(itertools.chain(*_lists(split)))
 
 
-def detail(split: str, rng: random.Random, coined: float = 0.0) -> str:
-  """A detail such as "the red ladder"; `coined`: share of its words that mean nothing."""
+def detail(split: str, rng: random.Random, coined: float = 0.0, strange: float = 0.0) -> str:
+  """A detail such as "the red ladder".
+
+  coined: share of its words that mean nothing; strange: of these, the share that `coin` makes so.
+  """
   lists = _lists(split)
-  pair = (coin(rng, words) if rng.random() < coined else pick(rng, words) for words in lists)
+  pair = (
+    coin(rng, words, strange) if rng.random() < coined else pick(rng, words) for words in lists
+  )
   return f"the {' '.join(pair)}"
 
 
-def coin(rng: random.Random, like: Sequence[str]) -> str:
-  """A word that means nothing: syllables that can be said, or parts of two of these words."""
-  if rng.random() < 0.5:
+@functools.cache
+def vocabulary() -> tuple[str, ...]:
+  """The words of the package's scenarios that training is made from, in order."""
+  told = (f"{s.persona} {s.background}" for s in package_scenarios("train"))
+  return tuple(sorted({word for text in told for word in re.findall(r"\b[a-z]{4,}\b", text)}))
+
+
+def coin(rng: random.Random, like: Sequence[str], strange: float = 0.0) -> str:
+  """A word that means nothing: syllables that can be said, or parts of two of these words.
+
+  strange: share of the words that are put together from any letters, or from parts of any words.
+    Who is to copy what it never met has to meet every piece of a word beside every other one.
+  """
+  if strange and rng.random() < strange:
+    word = _any_letters(rng) if rng.random() < 0.25 else _parts(rng, vocabulary())
+  elif rng.random() < 0.5:
     tables = words()["coined"]
     syllables = [
       pick(rng, tables["onsets"]) + pick(rng, tables["vowels"]) + pick(rng, tables["codas"])
@@ -87,12 +107,23 @@ def coin(rng: random.Random, like: Sequence[str]) -> str:
     ]
     word = "".join(syllables) + pick(rng, tables["endings"])
   else:
-    first, last = (pick(rng, like) for _ in range(2))
-    word = first[: _within(rng, first)] + last[_within(rng, last) :]
+    word = _parts(rng, like)
   # It is no word of a held-out detail, and counts as one word of a detail for the scripted user.
   endings = tuple(lexicon.load("en").phrases["snippet"]["endings"])
   fits = len(word) > 4 and not word.endswith(endings) and lexicon.content_of(word, "en")
-  return word if fits and word not in word_lists("held_out") else coin(rng, like)
+  return word if fits and word not in word_lists("held_out") else coin(rng, like, strange)
+
+
+def _any_letters(rng: random.Random) -> str:
+  shortest, longest = LETTERS
+  length = shortest + int(rng.random() * (longest - shortest + 1))
+  return "".join(pick(rng, string.ascii_lowercase) for _ in range(length))
+
+
+def _parts(rng: random.Random, of: Sequence[str]) -> str:
+  """The beginning of one of these words and the end of another."""
+  first, last = (pick(rng, of) for _ in range(2))
+  return first[: _within(rng, first)] + last[_within(rng, last) :]
 
 
 def _within(rng: random.Random, word: str) -> int:
@@ -101,11 +132,16 @@ def _within(rng: random.Random, word: str) -> int:
 
 
 def scenario(
-  split: str, number: int, seed: int, opened: bool = True, coined: float = 0.0
+  split: str,
+  number: int,
+  seed: int,
+  opened: bool = True,
+  coined: float = 0.0,
+  strange: float = 0.0,
 ) -> Scenario:
   """Scenario `number` of a split; the intentions take turns.
 
-  opened: with a first message. coined: share of the details' words that mean nothing.
+  opened: with a first message. coined, strange: as `detail` has them.
   """
   rng = generator("scenario", seed, split, number)
   intention = INTENTIONS[number % len(INTENTIONS)]
@@ -114,7 +150,7 @@ def scenario(
   name, occupation = (_entry(teller.persona, key) for key in ("Name", "Occupation"))
   details: list[str] = []
   while len(details) < DETAILS:
-    another = detail(split, rng, coined)
+    another = detail(split, rng, coined, strange)
     if not set(another.split()[1:]) & {w for d in details for w in d.split()}:
       details.append(another)
   who = pick(rng, words()["people"])
