@@ -11,7 +11,7 @@ from rlver_jax.embedded.build import Stage
 from rlver_jax.errors import UserError
 
 RECIPES = {
-  "policy": (Stage("repeat", 40, 2, 2, 256, 1e-3), Stage(build._ABLE, 12, 2, 2, 1152, 1e-3))
+  "policy": (Stage("repeat", 40, 2, 2, 256, 1e-3), Stage(build._HELPFUL, 12, 2, 2, 1152, 1e-3))
 }
 
 
