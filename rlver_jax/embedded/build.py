@@ -60,7 +60,7 @@ class Stage:
 # A helper that mostly does what is needed comes first, which teaches what depends on what; then one
 # that never says a thing twice, which shows in long dialogues alone; then the mixture of good and
 # poor replies that the policy is to start with. Some of its dialogues are still those of the able
-# helper, or what it can would be forgotten. Short dialogues cost least a token.
+# helper, or what it can do would be forgotten. Short dialogues cost least a token.
 _WORDS = {"coined": 0.7, "strange": 0.6}
 _HELPFUL = Plan("train", Habits(0.85, 0.1, long=0.03), thinking=0.5, turns=(1, 4), **_WORDS)
 _VARIED = Plan("train", helper.ABLE, thinking=0.5, turns=(12, 16), patient=True, **_WORDS)
