@@ -17,7 +17,7 @@ from rlver_jax.dialogue.simulators.appraisal import LEVELS
 from rlver_jax.dialogue.simulators.scripted import details
 from rlver_jax.embedded import helper
 from rlver_jax.embedded.helper import Habits
-from rlver_jax.embedded.scenarios import detail, generator, scenario, scripted_user
+from rlver_jax.embedded.scenarios import between, detail, generator, scenario, scripted_user
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Plan:
   emotions: the lowest and the highest at the start; turns: the fewest and the most; unopened:
   share of dialogues in which the user words the opening itself (else the scenario has it); coined:
   share of the words of details that mean nothing; strange: of these, the share that is put together
-  from any letters or parts of any words; patient: the user takes each reply for a part of
-  what it wants, so that a dialogue has all its turns, however well or badly it goes; able: share of
+  from any letters or parts of any words; patient: the user takes each reply for a part of what it
+  wants, so that a dialogue has all its turns, however well or badly it goes; able: share of
   dialogues whose helper has the habits `helper.ABLE`, whatever those of the others are.
   """
 
@@ -49,7 +49,7 @@ def play(plan: Plan, number: int, seed: int) -> Dialogue:
   """Dialogue `number` of a set, on the scenario of that number, a function of its arguments."""
   rng = generator("dialogue", seed, plan.split, number)
   opened = rng.random() >= plan.unopened
-  rules = Rules(_between(rng, plan.emotions), _between(rng, plan.turns))
+  rules = Rules(between(rng, plan.emotions), between(rng, plan.turns))
   thinks = rng.random() < plan.thinking
   if plan.able and rng.random() < plan.able:
     plan = dataclasses.replace(plan, habits=helper.ABLE)
@@ -84,11 +84,6 @@ def _reply(plan: Plan, dialogue: Dialogue, thinks: bool, rng: random.Random) -> 
   untold = functools.partial(detail, plan.split, coined=plan.coined, strange=plan.strange)
   made = helper.reply(plan.habits, dialogue.scenario.intention, near, earlier, untold, rng)
   return PolicyReply(made.text, made.thought if thinks else None, True, True, 0)
-
-
-def _between(rng: random.Random, bounds: tuple[int, int]) -> int:
-  low, high = bounds
-  return low + int(rng.random() * (high - low + 1))
 
 
 def write(path: pathlib.Path, plan: Plan, count: int, seed: int) -> None:

@@ -23,7 +23,7 @@ from rlver_jax.dialogue.simulators.chat import appraisal_text, persona_text, que
 from rlver_jax.dialogue.simulators.scripted import details
 from rlver_jax.embedded import helper
 from rlver_jax.embedded.helper import Habits
-from rlver_jax.embedded.scenarios import detail, generator, scenario
+from rlver_jax.embedded.scenarios import between, detail, generator, scenario
 
 COINED = 0.7  # share of the words of details that mean nothing
 WORDS = (1, 6)  # repeat: the fewest details and the most in an example, of two words each
@@ -46,11 +46,9 @@ def write(path: pathlib.Path, exercise: str, split: str, count: int, seed: int) 
 
 def _repeated(split: str, seed: int, number: int) -> list[dict]:
   rng = generator("repeat", seed, split, number)
-  fewest, most = WORDS
   # Without articles and commas: what comes after a word that comes once is easiest to find.
   words = (
-    detail(split, rng, _coined(split)).removeprefix("the ")
-    for _ in range(fewest + int(rng.random() * (most - fewest + 1)))
+    detail(split, rng, _coined(split)).removeprefix("the ") for _ in range(between(rng, WORDS))
   )
   text = " ".join(words)
   said = (("system", "Say it again."), ("user", text), ("assistant", " ".join([text] * TIMES)))

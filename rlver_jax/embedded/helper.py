@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 
 from rlver_jax.dialogue.simulators.appraisal import NEEDS
-from rlver_jax.embedded.scenarios import INTENTIONS, coin, pick, words
+from rlver_jax.embedded.scenarios import INTENTIONS, between, coin, pick, words
 
 GOOD = tuple(NEEDS.values())
 LONG_WORDS = 155  # more than the scripted user reads with pleasure
@@ -145,11 +145,11 @@ def _template(habits: Habits, templates: list[str], earlier: list[str], rng: ran
   }
   if habits.stuck and used and rng.random() < habits.stuck:
     return pick(rng, list(used))
-  last = templates.index(max(used, key=used.get)) if used else 0
-  unused = [t for t in templates[last:] + templates[:last] if t not in used]
+  unused = [template for template in templates if template not in used]
   if habits.in_turn and used and unused and rng.random() < habits.in_turn:
-    return unused[0]
-  return pick(rng, [t for t in templates if t not in used] or templates)
+    last = templates.index(max(used, key=used.get))
+    return next((t for t in unused if templates.index(t) > last), unused[0])
+  return pick(rng, unused or templates)
 
 
 def _is_from(template: str, text: str) -> bool:
@@ -171,7 +171,7 @@ def _poor(habits: Habits, purpose: str, told, untold, rng) -> str:
 def _garbled(text: str, told: list[str], rng: random.Random) -> str:
   """The reply with one to three faults: another begun in its midst, sentences strung together or
   said again, words that mean nothing, a detail half remembered, no end."""
-  for _ in range(1 + int(rng.random() * 3)):
+  for _ in range(between(rng, (1, 3))):
     said, draw = text.split(), rng.random()
     cut = int(rng.random() * len(said))
     if draw < 0.25:
@@ -184,7 +184,7 @@ def _garbled(text: str, told: list[str], rng: random.Random) -> str:
       sentences = re.split(r"(?<=[.?!]) ", text)
       said += [pick(rng, sentences), pick(rng, sentences)]
     elif draw < 0.6:
-      said[cut : cut + 1] = [coin(rng, said) for _ in range(1 + int(rng.random() * 3))]
+      said[cut : cut + 1] = [coin(rng, said) for _ in range(between(rng, (1, 3)))]
     elif draw < 0.9:
       said = _half_remembered(text, told, rng).split()
     else:

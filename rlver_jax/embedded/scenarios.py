@@ -52,6 +52,12 @@ def pick(rng: random.Random, values: Sequence[Any]) -> Any:
   return values[int(rng.random() * len(values))]
 
 
+def between(rng: random.Random, bounds: tuple[int, int]) -> int:
+  """A whole number from the lowest to the highest, both included; drawn as by `pick`."""
+  lowest, highest = bounds
+  return lowest + int(rng.random() * (highest - lowest + 1))
+
+
 @functools.cache
 def package_scenarios(split: str) -> tuple[Scenario, ...]:
   """The package's English scenarios that the split is made from."""
@@ -115,9 +121,7 @@ def coin(rng: random.Random, like: Sequence[str], strange: float = 0.0) -> str:
 
 
 def _any_letters(rng: random.Random) -> str:
-  shortest, longest = LETTERS
-  length = shortest + int(rng.random() * (longest - shortest + 1))
-  return "".join(pick(rng, string.ascii_lowercase) for _ in range(length))
+  return "".join(pick(rng, string.ascii_lowercase) for _ in range(between(rng, LETTERS)))
 
 
 def _parts(rng: random.Random, of: Sequence[str]) -> str:
@@ -128,7 +132,7 @@ def _parts(rng: random.Random, of: Sequence[str]) -> str:
 
 def _within(rng: random.Random, word: str) -> int:
   """A place between two letters of the word."""
-  return 1 + int(rng.random() * (len(word) - 1))
+  return between(rng, (1, len(word) - 1))
 
 
 def scenario(
