@@ -21,6 +21,6 @@ def get_config(preset: str = "tiny") -> ConfigDict:
   if preset == "tiny":
     # A critic of this size has more to learn than a pretrained one; rewards fade over a reply's
     # length, so that each counts for the reply that earned it.
-    config.critic.update(learning_rate=1e-3, warmup_fraction=0.0)
+    config.critic.update(learning_rate=1e-3, warmup_fraction=0.0, shared_layers=2)
     config.algorithm.gamma = 0.97
   return config

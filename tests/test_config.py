@@ -248,10 +248,10 @@ def test_a_field_that_a_file_of_the_users_own_lacks_is_named(field):
       {"algorithm.minibatches": 3, "training.microbatch": 4},
       ("algorithm.minibatches is 3", "divisor of the 8 microbatches"),
     ),
-    ({"training.microbatch": 32}, ("algorithm.minibatches is 2", "the 1 microbatches")),
+    ({"training.microbatch": 32}, ("algorithm.minibatches is 4", "the 1 microbatches")),
     *(
       (
-        {"algorithm.advantage": name, "dialogue.group_size": 1, "training.microbatch": 4},
+        {"algorithm.advantage": name, "dialogue.group_size": 1, "training.microbatch": 2},
         ("dialogue.group_size is 1", "at least 2", f"'{name}'"),
       )
       for name in ("grpo", "dr_grpo", "rloo")
@@ -340,7 +340,7 @@ def test_other_mistakes_of_a_remote_simulated_user_are_named_and_no_secret(field
 @pytest.mark.parametrize(
   "changes",
   [
-    {"algorithm.advantage": "reinforce_pp", "dialogue.group_size": 1, "training.microbatch": 4},
+    {"algorithm.advantage": "reinforce_pp", "dialogue.group_size": 1, "training.microbatch": 2},
     {"algorithm.minibatches": 4, "training.microbatch": 4},
     {"algorithm.kl_target": 0.1, "algorithm.kl_coef": 0.01, "algorithm.kl_in": "reward"},
     {"algorithm.dynamic_sampling_rounds": 3, "algorithm.advantage": "rloo"},
