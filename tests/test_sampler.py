@@ -119,6 +119,22 @@ def test_top_p_draws_from_the_nucleus_in_proportion(top_p):
   assert_frequencies(counts, np.where(kept, p, 0))
 
 
+@pytest.mark.parametrize("top_p", (0.05, 0.5, 0.75, 0.95))
+@pytest.mark.parametrize("shift", (-60.0, 0.0, 60.0))
+def test_the_nucleus_ends_where_a_plain_loop_ends_it(top_p, shift):
+  for seed in range(4):
+    few = logits(seed, size=12, scale=1.0)
+    kept = nucleus(probabilities(few), top_p)
+    drawn = count(few + np.float32(shift), Sampling(top_p=top_p), 4000) > 0
+    np.testing.assert_array_equal(drawn, kept)
+
+
+def test_tokens_as_probable_as_the_last_of_the_nucleus_are_in_it():
+  counts = count(np.log([0.4, 0.2, 0.2, 0.19, 0.01]), Sampling(top_p=0.5), 4000)
+  assert_frequencies(counts, np.array([0.4, 0.2, 0.2, 0, 0]))
+  assert (count(np.zeros(5), Sampling(top_p=0.01), 4000) > 0).all()
+
+
 def test_top_p_takes_the_nucleus_of_what_top_k_left():
   p = probabilities(logits())
   p[np.argsort(-p)[30:]] = 0

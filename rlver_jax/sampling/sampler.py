@@ -63,13 +63,33 @@ def _keep(mass_BV: jax.Array, sampling: Sampling) -> jax.Array:
     k = min(sampling.top_k, mass_BV.shape[-1])
     mass_BV = jnp.where(mass_BV >= jax.lax.top_k(mass_BV, k)[0][:, -1:], mass_BV, 0.0)
   if sampling.top_p < 1:
-    # The nucleus (Holtzman et al., arXiv 1904.09751): the fewest tokens that reach top_p.
-    sorted_BV = -jnp.sort(-mass_BV, -1)
-    before_BV = jnp.cumsum(sorted_BV, -1) - sorted_BV
-    inside_BV = before_BV < sampling.top_p * jnp.sum(sorted_BV, -1, keepdims=True)
-    least_B1 = jnp.min(jnp.where(inside_BV, sorted_BV, jnp.inf), -1, keepdims=True)
-    mass_BV = jnp.where(mass_BV >= least_B1, mass_BV, 0.0)
+    mass_BV = jnp.where(mass_BV >= _least_of_nucleus(mass_BV, sampling.top_p), mass_BV, 0.0)
   return mass_BV
+
+
+def _least_of_nucleus(mass_BV: jax.Array, top_p: float) -> jax.Array:
+  """The smallest mass in the nucleus (Holtzman et al., arXiv 1904.09751): the fewest entries that
+  hold a share `top_p` of all; float32 [B, 1].
+
+  By bisection, since sorting a vocabulary takes many times as long. Floats that are not negative
+  are in the order of their bits, so that as many halvings as there are bits lead to the float.
+  """
+  enough_B1 = top_p * jnp.sum(mass_BV, -1, keepdims=True)
+
+  def as_float(bits):
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+  def halve(_, bounds):
+    low_B1, high_B1 = bounds
+    middle_B1 = low_B1 + (high_B1 - low_B1) // 2
+    above_BV = jnp.where(mass_BV >= as_float(middle_B1), mass_BV, 0.0)
+    holds_B1 = jnp.sum(above_BV, -1, keepdims=True) >= enough_B1
+    return jnp.where(holds_B1, middle_B1, low_B1), jnp.where(holds_B1, high_B1, middle_B1)
+
+  # Entries from the lower bound upwards hold enough, those from the upper one do not.
+  top_B1 = jax.lax.bitcast_convert_type(jnp.max(mass_BV, -1, keepdims=True), jnp.int32)
+  low_B1, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(top_B1), top_B1 + 1))
+  return as_float(low_B1)
 
 
 def _draw_row(key: jax.Array, mass_V: jax.Array) -> jax.Array:
