@@ -86,7 +86,7 @@ def row(name: str, folder: pathlib.Path) -> list[str]:
       for user in (language_model, scripted)
     ),
     f"{max(numbers['failure'] for numbers in after):.0%}",
-    f"{min(numbers['strategies'] for numbers in after)}",
+    f"{min(numbers['strategies'] for numbers in after):.0f}",
     f"{found['steps']}",
     f"{cost['minutes']:.1f}",
     f"{cost['gib']:.1f}",
