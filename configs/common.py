@@ -60,11 +60,11 @@ def _tiny(config: ConfigDict) -> None:
   # A simulated user of this size does not notice every reply that says the same again.
   config.dialogue.update(mode="direct", scenarios_per_step=8, max_turns=10, repeated_penalty=2.0)
   config.data.path = "tiny"
-  config.evaluation.update(path="tiny-held-out", scenarios=32)
-  # A reply without an end holds up all other dialogues; an appraisal, of about 50 tokens, is to be
-  # drawn in one go.
+  config.evaluation.path = "tiny-held-out"
+  # The least probable tokens of so small a model spell no word. A reply without an end holds up all
+  # other dialogues; an appraisal, of about 50 tokens, is to be drawn in one go.
   config.sampling.update(
-    temperature=0.8, max_new_tokens=48, max_prompt_tokens=96, max_response_tokens=768,
+    temperature=0.75, top_p=0.95, max_new_tokens=48, max_prompt_tokens=96, max_response_tokens=768,
     extend_buckets=(32, 96), smallest_window=1024, decode_steps=64,
   )  # fmt: skip
   config.reward.kind = "change"

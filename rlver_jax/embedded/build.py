@@ -58,20 +58,23 @@ class Stage:
 
 
 # A helper that mostly does what is needed comes first, which teaches what depends on what; then one
-# that never says a thing twice, which shows in long dialogues alone; then the mixture of good and
-# poor replies that the policy is to start with. Some of its dialogues are still those of the able
-# helper, or what it can do would be forgotten; fewer at last, or training would have little to add.
-# Short dialogues cost least a token.
+# that never says a thing twice, which shows in long dialogues alone; then mixtures of good and poor
+# replies, of which the last is what the policy is to start with. Some of their dialogues are still
+# those of the able helper, or what it can do would be forgotten; fewer and fewer, beside more poor
+# replies, or training would have little to add. Short dialogues cost least a token.
 _WORDS = {"coined": 0.7, "strange": 0.6}
 _HELPFUL = Plan("train", Habits(0.85, 0.1, long=0.03), thinking=0.5, turns=(1, 4), **_WORDS)
 _VARIED = Plan("train", helper.ABLE, thinking=0.5, turns=(12, 16), patient=True, **_WORDS)
-_POLICY = Plan(
+_MIXED = Plan(
   "train",
   Habits(0.22, 0.35, long=0.03, repeated=0.0, in_turn=0.9),
   thinking=0.5,
   turns=(5, 10),
   able=0.22,
   **_WORDS,
+)
+_POLICY = dataclasses.replace(
+  _MIXED, habits=dataclasses.replace(_MIXED.habits, matched=0.15, poor=0.5), able=0.18
 )
 # A simulated user meets more of what is rare and of what a policy in training comes up with.
 _SIMULATOR = Plan(
@@ -94,8 +97,9 @@ STAGES = {
     Stage(_HELPFUL, 12000, 600, 4, 1152, 3e-3),
     Stage(_VARIED, 3000, 400, 3, 1664, 3e-3),
     Stage(_VARIED, 6000, 1200, 3, 1792, 3e-3),
-    Stage(dataclasses.replace(_POLICY, able=0.3), 2500, 300, 3, 1664, 2e-3),
-    Stage(_POLICY, 4500, 500, 3, 1664, 2e-3),
+    Stage(dataclasses.replace(_MIXED, able=0.3), 2500, 300, 3, 1664, 2e-3),
+    Stage(_MIXED, 4500, 500, 3, 1664, 2e-3),
+    Stage(_POLICY, 3600, 400, 3, 1664, 2e-3),
   ),
   "simulator": (
     _REPEAT,
