@@ -5,10 +5,10 @@ import pathlib
 import random
 import signal
 import subprocess
-import sys
 import textwrap
 import time
 
+import emulated
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,16 +33,9 @@ CONFIG = Qwen2Config(
 )
 
 
-def run_python(code: str, *args: object, devices: int = 1) -> subprocess.Popen:
-  """A Python process of its own, in which JAX sees `devices` emulated devices."""
-  return subprocess.Popen(
-    [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
-    env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"},
-    cwd=pathlib.Path(__file__).parent.parent,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
+def run_python(code: str, *args: object) -> subprocess.Popen:
+  """A Python process of its own, with one device."""
+  return emulated.start(1, "-c", textwrap.dedent(code), *args)
 
 
 def train_shapes() -> dict:
@@ -377,8 +370,7 @@ def abstract_train_state(mesh: jax.sharding.Mesh) -> dict:
 
 @pytest.mark.slow
 def test_a_sharded_state_is_restored_on_other_meshes(tmp_path):
-  out, err = run_python(SHARDED, tmp_path, devices=8).communicate(timeout=120)
-  assert out.strip() == "done", err
+  assert emulated.output(8, "-c", textwrap.dedent(SHARDED), tmp_path).strip() == "done"
 
 
 QUIET_AND_LEAN = """

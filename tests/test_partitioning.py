@@ -1,10 +1,6 @@
 """The mesh, and where the table puts an array on it."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
+import emulated
 import jax
 import numpy as np
 import pytest
@@ -141,20 +137,11 @@ with p.layout(mesh):
 
 
 def test_a_mesh_of_eight_devices():
-  environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
-  done = subprocess.run(
-    [sys.executable, "-c", EIGHT_DEVICES],
-    cwd=pathlib.Path(__file__).parents[1],
-    env=environment,
-    capture_output=True,
-    text=True,
-    timeout=120,
-  )
-  assert done.returncode == 0, done.stderr
+  out = emulated.output(8, "-c", EIGHT_DEVICES)
   # A device holds 1 of 4 rows and 3 of 6 columns of the first array, in float32, and all 5
   # entries of the second, in bfloat16.
   held = 1 * 3 * 4 + 5 * 2
-  assert done.stdout.splitlines() == [
+  assert out.splitlines() == [
     "[2, 2, 2]",
     "[4, 2, 1]",
     "[1, 8, 1]",

@@ -5,11 +5,11 @@ this file as a script and leaves what it computed in a file.
 """
 
 import json
-import os
+import math
 import pathlib
-import subprocess
 import sys
 
+import emulated
 import numpy as np
 import pytest
 
@@ -63,10 +63,7 @@ def work(mesh: tuple[int, int, int], folder: pathlib.Path, rank: int) -> None:
 
 def start(mesh, folder, rank):
   folder.mkdir()
-  environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(np.prod(mesh)), "JAX_PLATFORMS": "cpu"}
-  environment["PYTHONPATH"] = str(pathlib.Path(__file__).parents[1])
-  command = [sys.executable, __file__, json.dumps(mesh), str(folder), str(rank)]
-  subprocess.run(command, env=environment, check=True)
+  emulated.output(math.prod(mesh), __file__, json.dumps(mesh), folder, rank)
   return dict(np.load(folder / "arrays.npz"))
 
 

@@ -7,12 +7,11 @@ runs this file as a script and leaves what it computed in a folder.
 import collections
 import json
 import math
-import os
 import pathlib
 import re
-import subprocess
 import sys
 
+import emulated
 import numpy as np
 import pytest
 
@@ -185,17 +184,7 @@ def results(tmp_path_factory):
   def get(mesh):
     if mesh not in done:
       folder = tmp_path_factory.mktemp("x".join(map(str, mesh)))
-      root = pathlib.Path(__file__).parents[1]
-      environment = os.environ | {
-        "JAX_NUM_CPU_DEVICES": str(np.prod(mesh)),
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(root),
-      }
-      command = [sys.executable, __file__, *map(str, mesh), str(folder)]
-      process = subprocess.run(
-        command, cwd=root, env=environment, capture_output=True, text=True, timeout=1200
-      )
-      assert process.returncode == 0, process.stderr[-4000:]
+      emulated.output(math.prod(mesh), __file__, *mesh, folder)
       arrays = dict(np.load(folder / "arrays.npz"))
       done[mesh] = Result(mesh, arrays, json.loads((folder / "sizes.json").read_text()))
     return done[mesh]

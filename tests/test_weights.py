@@ -4,14 +4,11 @@ import contextlib
 import functools
 import http.server
 import json
-import os
-import pathlib
 import socket
-import subprocess
-import sys
 import textwrap
 import threading
 
+import emulated
 import jax
 import ml_dtypes
 import numpy as np
@@ -265,24 +262,10 @@ CREATED = """
 """
 
 
-def emulating(devices):
-  """The environment of a process that sees this many CPU devices."""
-  return os.environ | {
-    "JAX_NUM_CPU_DEVICES": str(devices),
-    "JAX_PLATFORMS": "cpu",
-    "PYTHONPATH": str(pathlib.Path(__file__).parents[1]),
-  }
-
-
-def on_eight_devices(program, *arguments):
-  command = [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)]
-  subprocess.run(command, env=emulating(8), check=True)
-
-
 def test_eight_devices_hold_their_shares_and_the_same_values(tmp_path):
   tensors = make_tensors()
   source, out = make_directory(tmp_path / "source", tensors), tmp_path / "out"
-  on_eight_devices(SHARDED, source, out)
+  emulated.output(8, "-c", textwrap.dedent(SHARDED), source, out)
   sharded, single = np.load(f"{out}.npz"), jax.tree.leaves(load(source))
   assert len(sharded) == len(single)
   assert all(np.array_equal(a, b) for a, b in zip(sharded.values(), single, strict=True))
@@ -292,7 +275,7 @@ def test_eight_devices_hold_their_shares_and_the_same_values(tmp_path):
 @pytest.mark.slow
 def test_initialise_gives_the_same_model_on_every_mesh(tmp_path):
   source, out = make_directory(tmp_path / "source", make_tensors()), tmp_path / "out"
-  on_eight_devices(CREATED, source, out)
+  emulated.output(8, "-c", textwrap.dedent(CREATED), source, out)
   single = weights.initialise(config_of(source), 4, make_mesh(1, 1, 1))
   sharded, single = np.load(f"{out}.npz"), jax.tree.leaves(single)
   for a, b in zip(sharded.values(), single, strict=True):
@@ -327,14 +310,10 @@ def test_two_processes_write_one_model(tmp_path):
   with socket.create_server(("127.0.0.1", 0)) as free:
     address = f"127.0.0.1:{free.getsockname()[1]}"
   program = textwrap.dedent(TWO_PROCESSES)
-  processes = [
-    subprocess.Popen(
-      [sys.executable, "-c", program, address, str(i), str(source), str(out)], env=emulating(4)
-    )
-    for i in range(2)
-  ]
+  processes = [emulated.start(4, "-c", program, address, i, source, out) for i in range(2)]
   try:
-    assert [process.wait(timeout=120) for process in processes] == [7, 7]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [7, 7], errors
   finally:
     for process in processes:
       process.kill()
