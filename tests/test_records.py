@@ -48,12 +48,14 @@ def played(seed, think=False, **rules):
       d.advance(NoRoom())
     elif d.stage is Stage.POLICY:
       thought = f"thought {d.turn} 难" if think else None
-      d.advance(PolicyReply(f"reply {d.turn}", thought, d.turn % 3 > 0, True, number("policy")))
+      stopped, n = draw.random() < 0.8, number("policy")
+      d.advance(PolicyReply(f"reply {d.turn}", thought, d.turn % 3 > 0, stopped, n))
     elif d.stage is Stage.PLAN:
       change, n = draw.randint(-10, 10), number("simulator")
       d.advance(Plan(change, "says", "met", "hm", "fine", draw.random() < 0.5, n))
     else:
-      d.advance(UserMessage(f"message {d.turn}", draw.random() < 0.1, number("simulator")))
+      goodbye, stopped = draw.random() < 0.1, draw.random() < 0.8
+      d.advance(UserMessage(f"message {d.turn}", goodbye, number("simulator"), stopped=stopped))
   return d, tokens
 
 
@@ -235,4 +237,5 @@ def test_a_dialogue_that_is_read_back_makes_the_same_record(think):
     assert again.stage is Stage.DONE and again.user_messages == d.user_messages
     for reply, first in zip(again.replies, d.replies, strict=True):
       assert (reply.text, reply.thought) == (first.text, first.thought)
+      assert reply.stopped == first.stopped
       assert reply.well_formed == (first.well_formed or not think)

@@ -431,7 +431,7 @@ def test_slots_and_company_change_nothing(server, make):
 
 def test_answers_survive_the_way_to_other_processes():
   answers = {
-    3: Plan(-4, "é", "", "\n", "难", False, 7), 1: UserMessage("So.", True, 2),
+    3: Plan(-4, "é", "", "\n", "难", False, 7), 1: UserMessage("So.", True, 2, stopped=False),
     0: Failed(),
   }  # fmt: skip
   packed = player._pack(answers, "over")

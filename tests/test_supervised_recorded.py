@@ -88,7 +88,7 @@ class Played:
 
   dialogues: list[Dialogue]
   asked: dict[tuple[int, int, int], tuple[int, ...]]
-  samples: dict[tuple[int, int, int], list[int]]
+  samples: dict[tuple[int, int, int], Sample]
   scored: dict[int, list[tuple[int, ...]]]
 
   def parsed(self) -> list[recorded.Recorded]:
@@ -119,7 +119,7 @@ def play(think: bool, settings: SimulatorSettings) -> Played:
     for slot, ids, (_, index, turn, call), _ in engine.asked:
       assert slot == index
       played.asked[index, turn, call] = ids
-      played.samples[index, turn, call] = samples[slot].pop(0).ids
+      played.samples[index, turn, call] = samples[slot].pop(0)
     for slot, context, _ in engine.scored:
       played.scored[slot].append(context)
   policy_engine.fresh()
@@ -153,6 +153,7 @@ def test_the_rollouts_have_every_kind_of_end_and_answer(direct, thinking):
   said = [m for d in direct.dialogues for m in (d.opening, *(t.message for t in d.turns)) if m]
   encode = builders.tokenizer().encode
   assert sum(list(m.ids) != encode(m.text) for m in said) > 3  # drawn otherwise than encoded
+  assert any(m.stopped for m in said) and any(not m.stopped for m in said)
 
 
 def test_the_policys_view_is_that_of_the_rollout(direct):
@@ -186,11 +187,15 @@ def pairs(segments) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
   return [(seen_by(segments, i), s.ids) for i, s in enumerate(segments) if s.logprobs is not None]
 
 
-def as_said(ids) -> tuple[int, ...]:
-  """A sample's own ids, and the end of a message."""
-  tokenizer = builders.tokenizer()
-  own = [i for i in ids if i not in tokenizer.special_ids]
-  return (*own, tokenizer.chat.assistant_end[0])
+def as_drawn(sample: Sample) -> tuple[int, ...]:
+  """A sample's own ids, and the end where it came to one."""
+  own = [i for i in sample.ids if i not in builders.tokenizer().special_ids]
+  return (*own, *builders.tokenizer().chat.assistant_end[:1]) if sample.stopped else tuple(own)
+
+
+def as_said(text: str) -> tuple[int, ...]:
+  """The ids of a whole answer."""
+  return (*builders.tokenizer().encode(text), builders.tokenizer().chat.assistant_end[0])
 
 
 def test_the_users_view_is_what_the_engine_was_asked_and_what_it_answered(direct):
@@ -202,7 +207,7 @@ def test_the_users_view_is_what_the_engine_was_asked_and_what_it_answered(direct
         calls.append((turn, RETRY_CALL if at.plan.retries else PLAN_CALL))
         calls += [(turn, MESSAGE_CALL)] if at.message is not None else []
     wanted = [
-      (direct.asked[d.index, turn, call], as_said(direct.samples[d.index, turn, call]))
+      (direct.asked[d.index, turn, call], as_drawn(direct.samples[d.index, turn, call]))
       for turn, call in calls
     ]
     assert pairs(found) == wanted
@@ -213,13 +218,12 @@ def test_the_users_view_without_appraisals_is_what_the_engine_scored_and_drew(th
     found = recorded.simulator_segments(
       parsed, builders.tokenizer(), builders.templates(), "choice"
     )
-    wanted = [(thinking.asked[d.index, 0, OPENING_CALL], as_said(thinking.samples[d.index, 0, 1]))]
+    wanted = [(thinking.asked[d.index, 0, OPENING_CALL], as_drawn(thinking.samples[d.index, 0, 1]))]
     for turn, at in enumerate(d.turns):
-      change = as_said(builders.tokenizer().encode(str(at.plan.change)))
-      wanted.append((thinking.scored[d.index][turn], change))
+      wanted.append((thinking.scored[d.index][turn], as_said(str(at.plan.change))))
       if at.message is not None:
         call = d.index, turn, MESSAGE_CALL
-        wanted.append((thinking.asked[call], as_said(thinking.samples[call])))
+        wanted.append((thinking.asked[call], as_drawn(thinking.samples[call])))
     assert pairs(found) == wanted
     assert len(thinking.scored[d.index]) == d.turn
 
@@ -228,7 +232,7 @@ def test_an_opening_that_was_given_comes_after_the_question_for_one(direct):
   """As the simulator reads it later: the same persona and question, and the text's encoding."""
   opened = dataclasses.replace(direct.parsed()[0], opening=UserMessage("My brother sold my bike."))
   found = recorded.simulator_segments(opened, builders.tokenizer(), builders.templates(), "plan")
-  wanted = as_said(builders.tokenizer().encode("My brother sold my bike."))
+  wanted = as_said("My brother sold my bike.")
   assert pairs(found)[0] == (direct.asked[0, 0, OPENING_CALL], wanted)
 
 
@@ -236,11 +240,11 @@ def test_an_opening_that_was_given_comes_after_the_question_for_one(direct):
 def test_ids_of_another_tokenizer_are_not_taken(direct, ids):
   """What does not spell the text is encoded anew, in what is learned and in what is read later."""
   record = json.loads(json.dumps(records.record(direct.dialogues[0])))
-  record["history"][0] |= {"content": "My bike.", "ids": ids}
+  record["history"][0] |= {"content": "My bike.", "ids": ids, "stopped": True}
   found = recorded.simulator_segments(
     recorded.parse(record), builders.tokenizer(), builders.templates(), "plan"
   )
-  own = as_said(builders.tokenizer().encode("My bike."))
+  own = as_said("My bike.")
   (question, first), (second, _), *_ = pairs(found)
   assert first == own
   assert second[: len(question) + len(own)] == (*question, *own)
@@ -303,6 +307,36 @@ def test_the_policys_view_learns_its_replies(think):
   positions = [context.index(text) for text in said]
   assert positions == sorted(positions)
   assert [s.branch for s in found if s.logprobs is not None] == ([1, 2, 3] if think else [0, 0, 0])
+
+
+@pytest.mark.parametrize("think", [False, True])
+def test_what_a_token_limit_cut_off_is_learned_without_an_end(think):
+  """As a sample that was cut off is trained on; the chat goes on as after a whole one."""
+  whole, cut = played(think), played(think)
+  first = cut.turns[0]
+  cut.turns[0] = dataclasses.replace(
+    first,
+    reply=dataclasses.replace(first.reply, stopped=False),
+    message=dataclasses.replace(first.message, stopped=False),
+  )
+  views = []
+  for d in (whole, cut):
+    parsed = recorded.parse(json.loads(json.dumps(records.record(d))))
+    tools = builders.tokenizer(), builders.templates()
+    views.append(
+      [
+        recorded.policy_segments(parsed, *tools),
+        recorded.simulator_segments(parsed, *tools, "plan"),
+      ]
+    )
+  end = builders.tokenizer().chat.assistant_end[0]
+  for (ours, theirs), place in zip(zip(*views, strict=True), (0, 2), strict=True):
+    learned = [[s.ids for s in view if s.logprobs is not None] for view in (ours, theirs)]
+    assert learned[0][place] == (*learned[1][place], end)
+    del learned[0][place], learned[1][place]
+    assert learned[0] == learned[1] and len(learned[0]) > 1
+    contexts = [[i for s in view if s.branch == 0 for i in s.ids] for view in (ours, theirs)]
+    assert contexts[0] == contexts[1]
 
 
 @pytest.mark.parametrize("form", ("plan", "choice"))
@@ -410,6 +444,8 @@ def changed(path: str, value) -> dict:
     ("history.2.content", "", "a turn after the user has left, expected a message before it"),
     ("history.1.content", None, "None as 'content', expected str"),
     ("history.1.tokens", "ten", "'ten' as 'tokens', expected int"),
+    ("history.1.stopped", 0, "0 as 'stopped', expected bool"),
+    ("history.2.stopped", "no", "'no' as 'stopped', expected bool"),
     ("history.1.well_formed", ..., "no 'well_formed', expected bool"),
     ("history.1.thinking", ..., "replies with and without 'thinking', expected it in all or none"),
     ("history.0.ids", 3, "3 as 'ids', expected list"),

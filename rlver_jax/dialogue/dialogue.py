@@ -82,6 +82,7 @@ class UserMessage:
   goodbye: bool = False
   tokens: int = 0
   ids: tuple[int, ...] | None = None
+  stopped: bool = True  # False: cut off by the token limit
 
   def __post_init__(self):
     if not self.goodbye and not self.text.strip():

@@ -3,8 +3,8 @@
 A record holds the profile's fields, the final emotion and its state, and `history`: a list of
 messages, the user's with `emotion-point` and the `planning` that led to it. Added here: the
 place in the batch, the user's level, why the dialogue ended, token counts, the policy's thoughts,
-the user's traits, the tactic of a difficult one, and the token ids that a language-model user
-sampled, from which its chat can be read again.
+the user's traits, the tactic of a difficult one, the token ids that a language-model user sampled,
+from which its chat can be read again, and of what was cut off by a token limit `stopped`: false.
 """
 
 import os
@@ -82,6 +82,8 @@ def _user(message: UserMessage | None, emotion: int, plan: Plan | None) -> dict[
   }
   if message and message.ids is not None:
     entry["ids"] = list(message.ids)
+  if message and not message.stopped:
+    entry["stopped"] = False
   if plan is not None:
     entry["planning"] = {
       "content": plan.content,
@@ -104,6 +106,8 @@ def _assistant(reply: PolicyReply) -> dict[str, Any]:
   }
   if reply.thought is not None:
     entry |= {"thinking": reply.thought, "well_formed": reply.well_formed}
+  if not reply.stopped:
+    entry["stopped"] = False
   return entry
 
 
@@ -139,8 +143,8 @@ def scenario_of(record: Any) -> Scenario:
 def dialogue_of(record: Any, scenario: Scenario, rules: Rules) -> Dialogue:
   """The finished dialogue that a record was made of, given its scenario and rules.
 
-  What a record does not hold is lost: the policy's token ids, whether a reply was cut off, which
-  message was a goodbye. Raises Misfit where it is no record.
+  What a record does not hold is lost: the policy's token ids, and which message was a goodbye.
+  Raises Misfit where it is no record.
   """
   opening, _, turns = exchange(record)
   index, group = field(record, "dialogue", int), field(record, "group", int)
@@ -179,8 +183,8 @@ def _read_reply(entry: Any) -> PolicyReply:
     raise Misfit(f"the role {entry['role']!r:.60}, expected user and assistant in turn")
   thought = field(entry, "thinking", str) if "thinking" in entry else None
   well_formed = thought is None or field(entry, "well_formed", bool)
-  tokens = field(entry, "tokens", int, 0)
-  return PolicyReply(field(entry, "content", str), thought, well_formed, True, tokens)
+  stopped, tokens = field(entry, "stopped", bool, True), field(entry, "tokens", int, 0)
+  return PolicyReply(field(entry, "content", str), thought, well_formed, stopped, tokens)
 
 
 def _read_user(entry: Any) -> UserMessage | None:
@@ -191,7 +195,7 @@ def _read_user(entry: Any) -> UserMessage | None:
   if not text:
     return None
   ids = tuple(field(entry, "ids", list)) if "ids" in entry else None
-  return UserMessage(text, tokens=tokens, ids=ids)
+  return UserMessage(text, tokens=tokens, ids=ids, stopped=field(entry, "stopped", bool, True))
 
 
 def write(path: str | os.PathLike, dialogues: Sequence[Dialogue]) -> None:

@@ -2,7 +2,8 @@
 
 The records are what a run writes to dialogues/ (`dialogue/records.py`). In both views an example
 has the ids that the engine of whoever is imitated reads and draws: for the policy those of
-`dialogue/policy.py`, for the user those of `dialogue/simulators/language_model.py`.
+`dialogue/policy.py`, for the user those of `dialogue/simulators/language_model.py`. What was cut
+off by a token limit is learned without an end, which is context.
 """
 
 import dataclasses
@@ -82,8 +83,8 @@ def policy_segments(
 
 
 def _direct(tokenizer: Tokenizer, reply: PolicyReply) -> list[Segment]:
-  first, *rest = tokenizer.chat.assistant_end
-  return [trained([*tokenizer.encode(reply.text), first]), Segment(tuple(rest))]
+  drawn, rest = _end(tokenizer, reply.stopped)
+  return [trained([*tokenizer.encode(reply.text), *drawn]), Segment(rest)]
 
 
 def _thought(tokenizer: Tokenizer, reply: PolicyReply, branch: int) -> list[Segment]:
@@ -91,9 +92,15 @@ def _thought(tokenizer: Tokenizer, reply: PolicyReply, branch: int) -> list[Segm
   if reply.well_formed:
     text = f"{policy_lib.THINK_OPEN}{reply.thought}{policy_lib.THINK_CLOSE}{reply.text}"
     ids = tokenizer.encode(text)
-    found.append(trained([*ids, end[0]], branch))
+    found.append(trained([*ids, *_end(tokenizer, reply.stopped)[0]], branch))
     reply_ids = policy_lib.split_thought(tokenizer, ids)[2]  # as after a sample of these ids
   return [*found, Segment((*reply_ids, *end))]
+
+
+def _end(tokenizer: Tokenizer, stopped: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """The end of an answer: what of it was drawn, and what follows."""
+  first, *rest = tokenizer.chat.assistant_end
+  return ((first,), tuple(rest)) if stopped else ((), (first, *rest))
 
 
 def simulator_segments(
@@ -124,8 +131,9 @@ def simulator_segments(
   chat, (first, *rest) = UserChat(tokenizer, own), tokenizer.chat.assistant_end
   change, message = "change" in answers, "message" in answers
   emotion, said = recorded.emotion, _said(chat, recorded.opening)
+  drawn, after = _end(tokenizer, recorded.opening.stopped)
   start = [*persona_ids(tokenizer, own, recorded.scenario), *chat.question("opening", emotion)]
-  found = [Segment(tuple(start)), _answer([*said, first], 0, message), Segment(tuple(rest))]
+  found = [Segment(tuple(start)), _answer([*said, *drawn], 0, message), Segment(after)]
   for branch, turn in enumerate(recorded.turns, 1):
     found.append(Segment(tuple(chat.quoted(turn.reply.text))))
     answer = _appraisal(turn.plan, own) if form == "plan" else str(turn.plan.change)
@@ -136,7 +144,8 @@ def simulator_segments(
     if answer and message and turn.message is not None:
       fields = {name: getattr(turn.plan, name) if form == "plan" else "" for name in PLAN_FIELDS}
       question = chat.message_question(turn.emotion, turn.plan.change, fields)
-      found += [Segment((*rest, *question), branch), trained([*said, first], branch)]
+      drawn, _ = _end(tokenizer, turn.message.stopped)
+      found += [Segment((*rest, *question), branch), trained([*said, *drawn], branch)]
     if turn.message is not None:
       found.append(Segment((*chat.nothing_below, *said, first, *rest)))
     emotion = turn.emotion

@@ -120,7 +120,7 @@ class RemoteSimulator(RemotePlayer, Simulator):
     said = done.text or SILENCE
     chat.kept += [question, assistant(said)]
     chat.said = 1
-    return UserMessage(said, tokens=done.tokens)
+    return UserMessage(said, tokens=done.tokens, stopped=not done.cut)
 
   async def _appraise(self, chat: _Chat) -> Plan:
     s = self._settings
@@ -159,7 +159,8 @@ class RemoteSimulator(RemotePlayer, Simulator):
     said = done.text or SILENCE
     chat.kept += [user(self._quoted(chat, d.last_reply)), assistant(said)]
     chat.said += 1
-    return UserMessage(said, self._template(chat.dialogue).is_goodbye(said), done.tokens)
+    goodbye = self._template(chat.dialogue).is_goodbye(said)
+    return UserMessage(said, goodbye, done.tokens, stopped=not done.cut)
 
   async def _call(
     self, chat: _Chat, asked: list[Message], call: int, budget: int, attempt: int = 0

@@ -211,10 +211,10 @@ class LanguageModelSimulator(Simulator):
     chat.tokens += len(sample.ids)
     match chat.dialogue.stage:
       case Stage.OPENING:
-        return UserMessage(text, tokens=len(sample.ids), ids=tuple(own))
+        return UserMessage(text, False, len(sample.ids), tuple(own), sample.stopped)
       case Stage.MESSAGE:
         goodbye = self._template(chat.dialogue).is_goodbye(text)
-        return UserMessage(text, goodbye, len(sample.ids), tuple(own))
+        return UserMessage(text, goodbye, len(sample.ids), tuple(own), sample.stopped)
     chat.appraisal = text
     fields, change = self._template(chat.dialogue).parse_plan(text, cut=not sample.stopped)
     reads = self.settings.score == "generate"
