@@ -8,7 +8,8 @@ tiny-policy, or the checkpoint of a run; replies appear as they are drawn. As he
 simulated user (tiny-simulator by default; with --path=RUN that run's) and see after each reply how
 its emotion changes, and why. --scenario=ID says who the user is, --seed what is drawn. /new begins
 another dialogue; /quit, Ctrl-D and Ctrl-C end. --out=FILE takes each dialogue that has ended, in
-the format of recorded ones. Exit codes: 0, or 2 for a mistake in the command or the files.
+the format of recorded ones. Exit codes: 0, 1 when a budget of a run's remote user is spent, 2 for a
+mistake in the command or the files.
 """
 
 import pathlib

@@ -1,4 +1,4 @@
-"""What the command-line programs share: a user's mistake is one line and exit code 2."""
+"""What the command-line programs share: what ends one is one line, a user's mistake exit code 2."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from typing import TextIO
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from rlver_jax.errors import UserError
+from rlver_jax.errors import BudgetSpent, Diverged, UserError
 
 WORKDIR = flags.DEFINE_string(
   "workdir",
@@ -32,8 +32,9 @@ def run(
 
   `main` gets the words that are no flags; without `operands` any such word is a mistake.
 
-  A UserError from either ends the program with its message on stderr and exit code 2. Where
-  nobody reads the output any more it ends as other programs do, without a word.
+  A UserError from either ends the program with its message on stderr and exit code 2, BudgetSpent
+  and Diverged with theirs and 1. Where nobody reads the output any more it ends as other programs
+  do, without a word.
   """
 
   def checked_main(argv: list[str]) -> int | None:
@@ -51,9 +52,9 @@ def run(
   logging.set_verbosity(logging.WARNING)
   try:
     app.run(checked_main, flags_parser=checked_flags)
-  except UserError as error:
+  except (UserError, BudgetSpent, Diverged) as error:
     print(f"rlver_jax: {error}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(2 if isinstance(error, UserError) else 1)
   except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes
     sys.exit(128 + signal.SIGPIPE)

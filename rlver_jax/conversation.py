@@ -98,6 +98,11 @@ def with_simulator(choice: Choice, out: pathlib.Path | None) -> None:
     raise UserError(
       f"--path is {choice.path} with --as=helper, expected the folder of a run, or --simulator."
     )
+  if run and not choice.simulator and (task := workdir_lib.read_config(run).task) != "rl":
+    raise UserError(
+      f"--path is {choice.path} with --as=helper, which holds a run of task '{task}' and no "
+      "simulated user, expected one of task 'rl', or --simulator."
+    )
   simulator = choice.simulator or ("" if run else SIMULATOR)
   scripted = simulator == "scripted"
   config, files = _settings(run, "" if scripted else simulator, "--simulator")
@@ -142,13 +147,13 @@ def _settings(run: pathlib.Path | None, model: str, flag: str) -> tuple[ConfigDi
   if config is not None and config.task == "rl":
     files = [path for path in (config.evaluation.path, config.data.path) if path]
   else:
-    if config is not None and config.task == "sft":
-      model, flag = config.policy.path, "policy.path"
     config, files = common.base("tiny"), EMBEDDED
-    if model and _open(model, flag, config).config.vocab_size > _SMALL_VOCABULARY:
-      config, files = common.base("qwen2.5-0.5b"), PACKAGE
-      if jax.default_backend() == "cpu":
-        config.policy.dtype = config.simulator.dtype = "float32"
+    if run or model:
+      opened = run_policy.open_source(run) if run else _open(model, flag, config)
+      if opened.config.vocab_size > _SMALL_VOCABULARY:
+        config, files = common.base("qwen2.5-0.5b"), PACKAGE
+        if jax.default_backend() == "cpu":
+          config.policy.dtype = config.simulator.dtype = "float32"
   config.cpu_devices = 1
   config.mesh.update(data=1, fsdp=-1, tensor=1)
   config.sampling.update(slots=1, decode_steps=_DECODE_STEPS)

@@ -5,7 +5,7 @@ class UserError(Exception):
   """A mistake in the user's configuration, files or environment.
 
   The message is one sentence: the field or file, what was found, what was expected.
-  `main` prints it without a traceback and exits with code 2.
+  `cli.run` prints it without a traceback and exits with code 2.
   """
 
   def _render_traceback_(self) -> list[str]:
@@ -16,15 +16,15 @@ class UserError(Exception):
 class BudgetSpent(Exception):
   """A budget of the configuration is spent; the run saves its state and ends.
 
-  The message is one sentence: the field, its value, what was spent. `main` prints it and exits with
-  code 1.
+  The message is one sentence: the field, its value, what was spent. `cli.run` prints it and exits
+  with code 1.
   """
 
 
 class Diverged(Exception):
   """Too many updates in a row were not finite; the last finite state has been saved.
 
-  The message is one sentence. `main` prints it and exits with code 1.
+  The message is one sentence. `cli.run` prints it and exits with code 1.
   """
 
   @classmethod

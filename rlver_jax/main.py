@@ -10,7 +10,6 @@ configuration, the files or the access to a server, 128 + n stopped by signal n 
 import os
 import pathlib
 import re
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from rlver_jax import cli
-from rlver_jax.errors import BudgetSpent, Diverged, UserError
+from rlver_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -77,9 +76,6 @@ def main(argv: list[str]) -> int:
   except Interrupted as stop:
     print(f"{stop}; the same command goes on.", flush=True)
     return 128 + stop.signum
-  except (Diverged, BudgetSpent) as error:
-    print(f"rlver_jax: {error}", file=sys.stderr)
-    return 1
   if jax.process_index() == 0:
     cli.show(program.describe(summary, config, sources, folder))
   return 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,8 +10,11 @@ import sys
 import pytest
 import runs
 
-from rlver_jax import terminal
+from configs import sft
+from rlver_jax import cli, conversation, terminal
 from rlver_jax.dialogue.dialogue import PolicyReply
+from rlver_jax.embedded import build
+from rlver_jax.errors import UserError
 from rlver_jax.evaluation import transcripts
 
 COMMAND = [sys.executable, "-m", "rlver_jax.chat"]
@@ -134,6 +138,32 @@ def test_mistakes_are_one_sentence(home, words, found):
   code, shown, errors = chat(home, [], *words)
   assert (code, shown) == (2, "") and len(errors.splitlines()) == 1
   assert errors.startswith(f"rlver_jax: {found}")
+
+
+def choice(path, simulator=None):
+  return conversation.Choice(str(path), None, simulator, None, None, 0)
+
+
+def test_a_run_without_a_simulated_user_has_none_to_help(tmp_path):
+  runs.claim(str(tmp_path), sft.get_config())
+  with pytest.raises(UserError, match="which holds a run of task 'sft' and no simulated user, exp"):
+    conversation.with_simulator(choice(tmp_path), None)
+
+
+@pytest.mark.parametrize(("vocabulary", "world"), [(2048, "tiny-held-out"), (5000, "en")])
+def test_a_supervised_run_is_in_the_world_of_its_size(tmp_path, monkeypatch, vocabulary, world):
+  """Also where its model was drawn from a directory without weights."""
+  model = tmp_path / "model"
+  shutil.copytree(build.ASSETS / "tiny-policy", model)
+  (model / "model.safetensors").unlink()
+  fields = json.loads((model / "config.json").read_text("utf-8")) | {"vocab_size": vocabulary}
+  (model / "config.json").write_text(json.dumps(fields))
+  config = sft.get_config()
+  config.policy.update(path=str(model), from_scratch=True)
+  run = runs.claim(str(tmp_path / "run"), config)
+  monkeypatch.setattr(cli, "configure_jax", lambda _: None)
+  _, files = conversation._settings(run, str(run), "--path")
+  assert files[0] == world
 
 
 class Drawing:

@@ -141,6 +141,7 @@ def test_what_is_fine_is_loaded(run_main, tmp_path):
     (Interrupted(15), 143, "stopped by SIGTERM; the same command goes on.", ""),
     (Interrupted(2), 130, "stopped by SIGINT; the same command goes on.", ""),
     (errors.Diverged("It diverged."), 1, "", "rlver_jax: It diverged.\n"),
+    (errors.BudgetSpent("It is spent."), 1, "", "rlver_jax: It is spent.\n"),
   ],
 )
 def test_how_a_run_ends_is_its_exit_code(run_main, tmp_path, monkeypatch, outcome, code, out, err):
