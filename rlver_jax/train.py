@@ -39,9 +39,9 @@ def train(
   checkpoints = Checkpoints(str(workdir / "checkpoints"), config.checkpoint.keep)
   latest = checkpoints.latest()
   finished = latest is not None and latest >= config.steps
+  heldout.check(config, sources, workdir)
   if not finished:
     heldout.forget_after(config, workdir)
-  heldout.check(config, sources, workdir)
   if finished:
     print(
       f"The run in {workdir} has all its {config.steps} steps; a larger --config.steps goes on."
@@ -68,7 +68,8 @@ def train(
   run.simulator.resume(spent)
   if resumed:
     print(f"Going on after step {first}.")
-  writer.truncate(first)
+  with workdir_lib.writing(workdir):
+    writer.truncate(first)
   print(
     f"Ready after {time.perf_counter() - started:.0f} s, "
     f"{compiles.count} programs compiled, {compiles.cached} from the cache.",

@@ -217,6 +217,10 @@ def test_files_of_other_scenarios_or_damaged_ones_are_refused(copied, changes):
   for text in ("", "[]\n", '{"id": 1', "{}\n"):
     before.write_text(text)
     assert refusal().startswith(str(before))
+  old = files(copied)
+  with pytest.raises(UserError):  # a run that is refused has lost nothing
+    runs.play(runs.config(**changes | {"steps": 5}), copied)
+  assert files(copied) == old
   lines = records(copied, "after")
   del lines[1]["history"][2]["planning"]
   before.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -36,7 +36,8 @@ class Progress:
 
   def start(self, step: int, nonfinite: int) -> None:
     """The run begins, or goes on, after `step` steps."""
-    self._writer.truncate(step)
+    with workdir_lib.writing(self._workdir):
+      self._writer.truncate(step)
     self.nonfinite = nonfinite
     self._forget()
 
@@ -104,7 +105,8 @@ def _means(numbers: list[dict[str, np.ndarray]]) -> dict[str, float]:
 
 def write_summary(workdir: pathlib.Path) -> dict[str, Any]:
   """Writes the summary to `<workdir>/summary.json`; returns it."""
-  return metrics_lib.save_summary(workdir, summary(workdir))
+  with workdir_lib.writing(workdir):
+    return metrics_lib.save_summary(workdir, summary(workdir))
 
 
 def summary(workdir: pathlib.Path) -> dict[str, Any]:
