@@ -3,8 +3,9 @@
 Trains the embedded policy (preset tiny) with both algorithms and both modes, once a seed, each run
 in a process of its own as a user would start it, and prints what held-out dialogues came to before
 and after: with the frozen language model as simulated user, and with the scripted one. What stands
-after `--` goes to every run, as in `-- --config.steps=10`. A run that is finished is not repeated;
-one that is not starts anew, so that its time is that of a whole run.
+after `--` goes to every run, as in `-- --config.steps=10`. A run that is finished is not repeated,
+and is refused where it had other flags; one that is not starts anew, so that its time is a whole
+run's.
 """
 
 import argparse
@@ -43,7 +44,9 @@ def main() -> int:
     if not (folder / COST_FILE).exists():
       print(f"{name} ...", flush=True)
       cost = train(folder, algorithm, mode, seed, args.flags)
-      workdir_lib.write_json(folder / COST_FILE, cost)
+      workdir_lib.write_json(folder / COST_FILE, cost | {"flags": args.flags})
+    elif (flags := json.loads((folder / COST_FILE).read_text("utf-8"))["flags"]) != args.flags:
+      parser.error(f"{folder} was made with the flags {flags}, expected them or another --workdir")
     rows.append(row(name, folder))
   print("\n".join(table(rows)))
   return 0
@@ -74,9 +77,12 @@ def train(
 
 def row(name: str, folder: pathlib.Path) -> list[str]:
   """The cells of a finished run, in the order of HEAD; failure and strategies are the worse of
-  both users' after training."""
-  found = json.loads((folder / closing.NUMBERS_FILE).read_text("utf-8"))
+  both users' after training. Exits where it was not compared with both."""
+  numbers = folder / closing.NUMBERS_FILE
+  found = json.loads(numbers.read_text("utf-8")) if numbers.exists() else {"users": {}}
   cost = json.loads((folder / COST_FILE).read_text("utf-8"))
+  if found["users"].keys() != {"language_model", heldout.SCRIPTED}:
+    sys.exit(f"{folder} has held-out dialogues of {list(found['users'])}, expected both users'.")
   language_model, scripted = found["users"]["language_model"], found["users"][heldout.SCRIPTED]
   after = [user["after"] for user in (language_model, scripted)]
   return [
