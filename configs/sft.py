@@ -14,7 +14,8 @@ from configs import common, recipe
 def get_config(preset: str = "tiny") -> ConfigDict:
   """Every field with the preset's values."""
   embedded = {"tiny": "chat", "tiny-policy": "policy", "tiny-simulator": "simulator"}
-  config = ConfigDict(_fields(preset if preset in embedded else common.model(preset)))
+  path = preset if preset in embedded else common.model(preset, "tiny-policy", "tiny-simulator")
+  config = ConfigDict(_fields(path))
   if preset in embedded:
     _tiny(config)
     config.data.kind = embedded[preset]

@@ -38,8 +38,9 @@ def test_every_preset_is_valid_once_it_has_examples(preset):
 
 
 def test_an_unknown_preset_is_named_with_those_there_are():
-  with pytest.raises(ValueError, match="preset is 'qwen3', expected one of: tiny, "):
+  with pytest.raises(ValueError, match="preset is 'qwen3', expected one of: tiny, ") as raised:
     sft.get_config("qwen3")
+  assert "qwen2.5-7b, tiny-policy, tiny-simulator." in str(raised.value)
 
 
 def test_every_field_of_its_own_has_a_comment_right_above():

@@ -56,7 +56,8 @@ def test_it_is_an_ordinary_model_whose_tokenizer_takes_any_text(model):
 @pytest.mark.slow
 @pytest.mark.optimised
 def test_the_simulated_user_appraises_as_well_as_we_want_and_its_manifest_says():
-  """On what the policy, as it is shipped, says to users whose words are in no training text."""
+  """On what a helper with the policy's last habits says to users whose words are in no training
+  text."""
   found = build.measure("tiny-simulator", build.HELPERS["policy"])
   told = manifest("simulator")["held_out"]["policy"]
   assert found.turns == told["turns"] and found.unread < 0.02

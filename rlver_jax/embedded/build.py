@@ -113,7 +113,8 @@ STAGES = {
     Stage(_WHOLE, 5000, 600, 2, 2304, 2e-3),
   ),
 }
-# Whose replies the simulated user is measured on: those of the policy as it starts, and worse.
+# Whose replies the simulated user is measured on: helpers with the habits that the policy is made
+# from last, and with worse ones.
 HELPERS = {"policy": _POLICY.habits, "in disarray": _SIMULATOR.habits}
 HELD_OUT = 100  # dialogues that a stage is measured on
 DRILL_SEED = 7  # of the first weights and the exercise `repeat`, which both models begin with

@@ -9,6 +9,8 @@ recognise  a scenario and replies of all kinds, each followed by what it does, t
 weigh      as recognise with replies that are easy to tell apart, each followed by its whole
            appraisal: what is left to learn is what a reply is worth to a user of this character, a
            word said once, far above.
+appraise   as weigh with replies of all kinds, more of them as those of a policy in training, which
+           look like good ones.
 """
 
 import dataclasses

@@ -23,13 +23,13 @@ class Habits:
   """How a helper chooses; shares in 0..1.
 
   matched: of replies that do what the user needs; poor: of those of `POOR`; the rest does one of
-  the other good things. long, repeated: shares of the poor ones, the other four are alike. tied: of
-  good replies that take up a detail of the user's; foreign: that bring in one that the user never
-  told; the rest stays vague. second: of replies with a second sentence; kind: of those whose second
-  sentence is kind in general. mixed: of good replies that do two things. stuck: of their sentences
-  that are as one before, if with another detail. in_turn: of the others, those that come next in
-  the list of what can be said. garbled: of replies that come out as those of a policy in disarray
-  do.
+  the other good things. long, repeated: shares of the poor ones, the other four are alike (a second
+  long one is a reply said again). tied: of good replies that take up a detail of the user's;
+  foreign: that bring in one that the user never told; the rest stays vague. second: of replies with
+  a second sentence; kind: of those whose second sentence is kind in general. mixed: of good replies
+  that do two things. stuck: of their sentences that are as one before, if with another detail.
+  in_turn: of the others, those that come next in the list of what can be said. garbled: of replies
+  that come out as those of a policy in disarray do.
   """
 
   matched: float

@@ -38,7 +38,7 @@ def write(source: ModelSource, mesh: Mesh, seed: int, directory: pathlib.Path) -
 
 
 def repeat(model: Qwen2, random: np.random.Generator) -> None:
-  """Puts such heads in the place of all those that the model's first two layers have."""
+  """Puts such heads in the place of the first layer's first and of all that the second has."""
   c, layers = model.config, model.layers
   D, H, G, K = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
   half = K // 2
