@@ -17,6 +17,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["JAX_COMPILATION_CACHE_DIR"] = _folder
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# What float32 runs set for themselves: elsewhere it would make other programs of the same ones.
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 # As the package's own programs, and in one piece: a test has one CPU core.
 os.environ["XLA_FLAGS"] = (
   f"{os.environ.get('XLA_FLAGS', '')} {cli.XLA_FLAG} --xla_cpu_parallel_codegen_split_count=1"

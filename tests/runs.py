@@ -154,19 +154,26 @@ def fields_read(config: ConfigDict, workdir: pathlib.Path, play: Callable[..., A
 
 
 def command_in_process(
-  monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, *arguments: str
+  monkeypatch: pytest.MonkeyPatch,
+  capfd: pytest.CaptureFixture,
+  *arguments: str,
+  run: Callable[[], None] = lambda: cli.run(main.main, main._parse_flags),
 ) -> tuple[int, str, str]:
-  """Runs the command line of `main` in this process; returns exit code, stdout and stderr."""
-  monkeypatch.setattr(sys, "argv", ["main", *arguments])
-  absl_flags.FLAGS.unparse_flags()
+  """Runs a command line in this process; returns exit code, stdout and stderr.
+
+  run: the program, that of `main` or of another module but `chat`, which has a flag that
+  `evaluate` has too.
+  """
+  monkeypatch.setattr(sys, "argv", ["program", *arguments])
+  absl_flags.FLAGS.unparse_flags()  # to their defaults, whichever program they are of
   for name in [name for name in absl_flags.FLAGS if name.startswith("config.")]:
     delattr(absl_flags.FLAGS, name)  # what the overrides of an earlier command have defined
   sys.modules.pop("config_config", None)
   capfd.readouterr()
   with pytest.raises(SystemExit) as stop, signals_restored():
-    cli.run(main.main, main._parse_flags)
+    run()
   output = capfd.readouterr()
-  return stop.value.code, output.out, output.err
+  return stop.value.code or 0, output.out, output.err  # a program may end with None
 
 
 @contextlib.contextmanager

@@ -42,10 +42,22 @@ def read(workdir):
   ]
 
 
+def write(workdir, found):
+  """Puts these dialogues in place of those of the file."""
+  lines = [json.dumps(record) + "\n" for record in found]
+  (workdir / "dialogues.jsonl").write_text("".join(lines), "utf-8")
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("benchmark")
   return workdir, *play(config(), workdir)
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+  """A copy of the finished benchmark's folder."""
+  return shutil.copytree(finished[0], tmp_path / "copied")
 
 
 def test_every_scenario_is_played_once_in_order_from_forty(finished):
@@ -103,13 +115,12 @@ def test_what_is_there_is_not_played_again(finished, monkeypatch):
   assert again == summary
 
 
-def test_dialogues_whose_user_failed_are_played_again(finished, tmp_path):
-  play(config(**{"data.scenarios": 2}), tmp_path)
-  found = read(tmp_path)
+def test_dialogues_whose_user_failed_are_played_again(finished, copied):
+  found = read(copied)
   found[1] |= {"end": "failed"}
-  (tmp_path / "dialogues.jsonl").write_text("".join(json.dumps(r) + "\n" for r in found), "utf-8")
-  play(config(**{"data.scenarios": 2}), tmp_path)
-  assert read(tmp_path) == read(finished[0])[:2]
+  write(copied, found)
+  play(config(), copied)
+  assert read(copied) == read(finished[0])
 
 
 @pytest.mark.parametrize(
@@ -121,12 +132,11 @@ def test_dialogues_whose_user_failed_are_played_again(finished, tmp_path):
     ({"history": None}, "line 1: found None as 'history'"),
   ],
 )
-def test_a_damaged_file_is_named(finished, tmp_path, change, found):
-  play(config(**{"data.scenarios": 1}), tmp_path)
-  [record] = read(tmp_path)
-  (tmp_path / "dialogues.jsonl").write_text(json.dumps(record | change) + "\n", "utf-8")
+def test_a_damaged_file_is_named(copied, change, found):
+  first, *others = read(copied)
+  write(copied, [first | change, *others])
   with pytest.raises(UserError) as error:
-    play(config(**{"data.scenarios": 1}), tmp_path)
+    play(config(), copied)
   assert found in str(error.value)
 
 
@@ -160,10 +170,11 @@ def test_the_policy_of_a_run_and_its_export_play_alike(trained, tmp_path):
 def test_the_checkpoint_stays_the_same_to_the_end(trained, tmp_path):
   settings, run = trained[0].copy_and_resolve_references(), tmp_path / "run"
   shutil.copytree(trained[1], run)
-  few = {"data.scenarios": 4, "sampling.slots": 1, "policy.path": str(run)}
+  few = {"data.scenarios": 4, "policy.path": str(run)}
   play(config(**few), tmp_path / "whole")
   with pytest.raises(Interrupted):
-    play(config(**few), tmp_path / "stopped", runs.Quiet(9))
+    # After two turns of the first three dialogues, amid those of the fourth.
+    play(config(**few), tmp_path / "stopped", runs.Quiet(4))
   assert 0 < len(read(tmp_path / "stopped")) < 4
   settings.steps = 2
   runs.play(settings, run)  # trains on in between

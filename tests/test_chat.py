@@ -1,4 +1,6 @@
-"""A dialogue at the terminal, over a pipe: both roles, commands, what is shown and recorded."""
+"""A dialogue at the terminal, over a pipe: both roles, commands, what is shown and recorded.
+
+A process takes seconds to begin, so most chats share one, where streams stand for the pipes."""
 
 import json
 import os
@@ -18,6 +20,29 @@ from rlver_jax.errors import UserError
 from rlver_jax.evaluation import transcripts
 
 COMMAND = [sys.executable, "-m", "rlver_jax.chat"]
+# Holds one chat after the other, each given as its words and lines: code, stdout, stderr of each.
+# What is imported before the first may keep hold of stderr: of the process's, not of a chat's.
+DRIVER = """
+import contextlib, io, json, sys
+from absl import flags
+from rlver_jax import chat, cli, conversation
+
+def stream(text=""):
+  return io.TextIOWrapper(io.BytesIO(text.encode()), "utf-8", write_through=True)
+
+held = []
+for words, lines in json.load(sys.stdin):
+  sys.argv, sys.stdin = ["chat", *words], stream("".join(lines))
+  out, err, code = stream(), stream(), 0
+  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    try:
+      cli.run(chat.main)
+    except SystemExit as stop:
+      code = stop.code
+  flags.FLAGS.unparse_flags()  # every flag has its default again
+  held.append([code, *(s.buffer.getvalue().decode() for s in (out, err))])
+json.dump(held, sys.stdout)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +51,26 @@ def home(tmp_path_factory):
   return os.environ | {"HOME": str(tmp_path_factory.mktemp("home"))}
 
 
-def chat(home, lines, *words):
-  done = subprocess.run(
-    [*COMMAND, *map(str, words)], cwd=runs.REPOSITORY, env=home, input="".join(lines), text=True,
-    capture_output=True, check=False, timeout=300,
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """Where the chats that share a process are recorded."""
+  return tmp_path_factory.mktemp("chats")
+
+
+def run(home, command, text):
+  return subprocess.run(
+    command, cwd=runs.REPOSITORY, env=home, input=text, text=True, capture_output=True,
+    check=False, timeout=600,
   )  # fmt: skip
-  return done.returncode, done.stdout, done.stderr
+
+
+def held(home, chats):
+  """Exit code, stdout and stderr of each of these chats by its name; a process holds them all.
+
+  chats: by name the words of the command and the lines that are typed."""
+  done = run(home, [sys.executable, "-c", DRIVER], json.dumps(list(chats.values())))
+  assert (done.returncode, done.stderr) == (0, "")
+  return dict(zip(chats, json.loads(done.stdout), strict=True))
 
 
 def records(path):
@@ -42,14 +81,32 @@ def said(record):
   return [message["content"] for message in record["history"]]
 
 
+TALK = ["I lost my job.\n", "\n", "/help\n", "It is hard.\n", "/new\n", "I lost my job.\n"]
+
+
+@pytest.fixture(scope="module")
+def with_models(home, folder):
+  """What the chats with a model came to."""
+  thinking = ["--mode=think", "--scenario=held-out-00003"]
+  chats = {
+    "talk": ([], TALK),
+    "again": ([], TALK[:4]),
+    "other": (["--seed=1"], TALK[:1]),
+    "thought": (thinking, ["I lost my job.\n", "/quit\n", "never read\n"]),
+  }
+  chats = {
+    name: (["--path=tiny-policy", f"--out={folder / name}.jsonl", *words], lines)
+    for name, (words, lines) in chats.items()
+  }
+  helper = (["--as=helper"], ["I'm listening, go on.\n", "Take your time.\n"])
+  return held(home, chats | {"helper": helper})
+
+
 @pytest.mark.slow
-def test_talking_to_a_policy(home, tmp_path):
-  out = tmp_path / "chat.jsonl"
-  words = ["--path=tiny-policy", f"--out={out}"]
-  lines = ["I lost my job.\n", "\n", "/help\n", "It is hard.\n", "/new\n", "I lost my job.\n"]
-  code, shown, errors = chat(home, lines, *words)
+def test_talking_to_a_policy(with_models, folder):
+  code, shown, errors = with_models["talk"]
   assert (code, errors) == (0, "")
-  first, second = records(out)
+  first, second = records(folder / "talk.jsonl")
   assert said(first)[::2] == ["I lost my job.", "It is hard.", ""]
   assert said(second)[::2] == ["I lost my job.", ""]
   told = [line.removeprefix("policy> ") for line in shown.splitlines() if "policy> " in line]
@@ -57,57 +114,45 @@ def test_talking_to_a_policy(home, tmp_path):
   assert shown.count("/new begins another dialogue, /quit ends.") == 2  # at the start, at /help
   assert first["end"] == "goodbye" and first["emo_point"] == second["emo_point"] == 30
   # The same seed says the same; another one or a second dialogue does not.
-  again = tmp_path / "again.jsonl"
-  chat(home, lines[:4], words[0], f"--out={again}")
-  other = tmp_path / "other.jsonl"
-  chat(home, lines[:1], words[0], f"--out={other}", "--seed=1")
-  assert said(records(again)[0]) == said(first)
-  replies = {said(record)[1] for record in (first, second, records(other)[0])}
+  again, other = (records(folder / f"{name}.jsonl")[0] for name in ("again", "other"))
+  assert said(again) == said(first)
+  replies = {said(record)[1] for record in (first, second, other)}
   assert len(replies) == 3
 
 
 @pytest.mark.slow
-def test_a_thought_is_shown_before_the_reply(home, tmp_path):
-  out = tmp_path / "chat.jsonl"
-  words = ["--path=tiny-policy", "--mode=think", f"--out={out}", "--scenario=held-out-00003"]
-  code, shown, errors = chat(home, ["I lost my job.\n", "/quit\n", "never read\n"], *words)
+def test_a_thought_is_shown_before_the_reply(with_models, folder):
+  code, shown, errors = with_models["thought"]
   assert (code, errors) == (0, "")
-  (record,) = records(out)
+  (record,) = records(folder / "thought.jsonl")
   reply = record["history"][1]
   assert reply["thinking"] and f"{reply['thinking']}\npolicy> {reply['content']}\n" in shown
   assert "<think>" not in shown and "</think>" not in shown and "\033" not in shown
   assert record["id"] == "held-out-00003" and f"{record['scene']}\n{record['task']}" in shown
 
 
+@pytest.mark.slow
+def test_helping_a_language_model(with_models):
+  code, shown, errors = with_models["helper"]
+  assert (code, errors) == (0, "")
+  assert shown.count("user> ") == 3 and shown.rstrip().splitlines()[-1].startswith("Left; emotion ")
+
+
 def test_helping_the_scripted_user_to_the_end(home, tmp_path):
+  """In a process of its own: the command line as it is, over a pipe."""
   out = tmp_path / "chat.jsonl"
   words = ["--as=helper", "--simulator=scripted", "--scenario=en-listen-01", f"--out={out}"]
-  code, shown, errors = chat(home, ["Get over it, it is your own fault.\n"] * 12, *words)
-  assert (code, errors) == (0, "")
+  done = run(home, [*COMMAND, *words], "Get over it, it is your own fault.\n" * 12)
+  assert (done.returncode, done.stderr) == (0, "")
   (record,) = records(out)
   found = transcripts.transcript(record)
   assert found.id == "en-listen-01" and record["end"] in ("failure", "goodbye")
-  assert f"); final emotion {record['emo_point']}.\n" in shown
-  assert record["history"][0]["content"] in shown
+  assert f"); final emotion {record['emo_point']}.\n" in done.stdout
+  assert record["history"][0]["content"] in done.stdout
   for answer in record["history"][2::2]:
     plan = answer["planning"]
     turn = f"{plan['change']:+d}  {terminal.emotion_bar(answer['emotion-point'])}\n"
-    assert f"{turn}  {plan['content']}\n" in shown
-
-
-def test_leaving_the_scripted_user(home, tmp_path):
-  out = tmp_path / "chat.jsonl"
-  words = ["--as=helper", "--simulator=scripted", f"--out={out}"]
-  code, shown, errors = chat(home, ["I'm listening.\n", "/new\n", "/quit\n"], *words)
-  assert (code, errors) == (0, "") and not out.exists()  # none has ended
-  assert shown.count("Left; emotion ") == 2 and shown.count("user> ") == 3
-
-
-@pytest.mark.slow
-def test_helping_a_language_model(home, tmp_path):
-  code, shown, errors = chat(home, ["I'm listening, go on.\n", "Take your time.\n"], "--as=helper")
-  assert (code, errors) == (0, "")
-  assert shown.count("user> ") == 3 and shown.rstrip().splitlines()[-1].startswith("Left; emotion ")
+    assert f"{turn}  {plan['content']}\n" in done.stdout
 
 
 def test_control_c_ends_cleanly(home):
@@ -121,21 +166,37 @@ def test_control_c_ends_cleanly(home):
   assert (process.returncode, errors) == (0, "")
 
 
-@pytest.mark.parametrize(
-  ("words", "found"),
-  [
-    (["--as=fox"], "flag --as=fox"),
-    ([], "--path is missing"),
-    (["--path=tiny-policy", "--simulator=scripted"], "--simulator is scripted with --as=user"),
-    (["--as=helper", "--mode=think"], "--mode is think with --as=helper"),
-    (["--path=tiny-policy", "--out=/no/such/file"], "--out is /no/such/file"),
-    (["--path=tiny-policy", "--step=3"], "--step is 3, expected none"),
-    (["--as=helper", "--simulator=scripted", "--scenario=x"], "--scenario is x, expected the id"),
-    (["--as=helper", "--path=tiny-policy"], "--path is tiny-policy with --as=helper"),
-  ],
-)
-def test_mistakes_are_one_sentence(home, words, found):
-  code, shown, errors = chat(home, [], *words)
+# The words of a command that cannot work, by what is said of them.
+MISTAKES = {
+  "flag --as=fox": ["--as=fox"],
+  "--path is missing": [],
+  "--simulator is scripted with --as=user": ["--path=tiny-policy", "--simulator=scripted"],
+  "--mode is think with --as=helper": ["--as=helper", "--mode=think"],
+  "--out is /no/such/file": ["--path=tiny-policy", "--out=/no/such/file"],
+  "--step is 3, expected none": ["--path=tiny-policy", "--step=3"],
+  "--scenario is x, expected the id": ["--as=helper", "--simulator=scripted", "--scenario=x"],
+  "--path is tiny-policy with --as=helper": ["--as=helper", "--path=tiny-policy"],
+}
+
+
+@pytest.fixture(scope="module")
+def without_models(home, folder):
+  """What the chats without a model came to: one with the scripted user, and each mistake."""
+  words = ["--as=helper", "--simulator=scripted", f"--out={folder / 'left.jsonl'}"]
+  left = (words, ["I'm listening.\n", "/new\n", "/quit\n"])
+  mistakes = {found: (words, []) for found, words in MISTAKES.items()}
+  return held(home, {"left": left} | mistakes)
+
+
+def test_leaving_the_scripted_user(without_models, folder):
+  code, shown, errors = without_models["left"]
+  assert (code, errors) == (0, "") and not (folder / "left.jsonl").exists()  # none has ended
+  assert shown.count("Left; emotion ") == 2 and shown.count("user> ") == 3
+
+
+@pytest.mark.parametrize("found", MISTAKES)
+def test_mistakes_are_one_sentence(without_models, found):
+  code, shown, errors = without_models[found]
   assert (code, shown) == (2, "") and len(errors.splitlines()) == 1
   assert errors.startswith(f"rlver_jax: {found}")
 

@@ -1,5 +1,6 @@
 """Exporting a checkpoint's policy: what transformers loads is what was trained."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import runs
 import safetensors.numpy
 
-from rlver_jax import export, trainables
+from rlver_jax import cli, export, trainables
 from rlver_jax.errors import UserError
 from rlver_jax.models import hub, source, weights
 from rlver_jax.partitioning import make_mesh
@@ -170,6 +171,15 @@ def test_a_place_that_is_taken_is_left_alone(workdir, tmp_path):
   assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
+@pytest.fixture
+def run_export(monkeypatch, capfd):
+  """Runs the command in this process; returns exit code, stdout and stderr."""
+  with runs.command_settings(monkeypatch):
+    yield functools.partial(
+      runs.command_in_process, monkeypatch, capfd, run=lambda: cli.run(export.main)
+    )
+
+
 @pytest.mark.parametrize(
   ("arguments", "expected"),
   [
@@ -181,12 +191,11 @@ def test_a_place_that_is_taken_is_left_alone(workdir, tmp_path):
     (["--workdir=/none", "--out=b"], "/none/config.json cannot be read"),
   ],
 )
-def test_a_wrong_flag_is_named(arguments, expected):
-  command = [sys.executable, "-m", "rlver_jax.export", *arguments]
-  done = subprocess.run(command, cwd=runs.REPOSITORY, capture_output=True, text=True, check=False)
-  assert (done.returncode, done.stdout) == (2, "")
-  assert done.stderr.startswith("rlver_jax: ") and done.stderr.count("\n") == 1, done.stderr
-  assert expected in done.stderr
+def test_a_wrong_flag_is_named(run_export, arguments, expected):
+  code, out, err = run_export(*arguments)
+  assert (code, out) == (2, "")
+  assert err.startswith("rlver_jax: ") and err.count("\n") == 1, err
+  assert expected in err
 
 
 def test_the_command_writes_and_says_so(workdir, tmp_path):

@@ -128,54 +128,9 @@ def newest(workdir):
   return Checkpoints(str(workdir / "checkpoints"), keep=None).latest()
 
 
-def assert_goes_on_to_the_same_end(workdir, finished):
-  code, lines, error = Process(workdir).end()
-  assert (code, error) == (0, "")
-  pairs = zip(runs.metrics(workdir), runs.metrics(finished), strict=True)
-  for ours, theirs in (map(runs.reproducible, pair) for pair in pairs):
-    assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-6)
-  assert runs.dialogue_files(workdir) == runs.dialogue_files(finished)
-  assert newest(workdir) == STEPS
-  return lines
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-  ("number", "code", "after"),
-  [(signal.SIGTERM, 143, "step 1/"), (signal.SIGINT, 130, "Loading models")],
-)
-def test_a_stopped_run_saves_its_last_step_and_goes_on(number, code, after, tmp_path, finished):
-  process = Process(tmp_path)
-  process.wait_for(after)
-  process.process.send_signal(number)
-  found, lines, error = process.end()
-  assert (found, error) == (code, "")
-  assert lines[-1] == f"stopped by {number.name}; the same command goes on."
-  records = runs.metrics(tmp_path)
-  saved = newest(tmp_path)
-  assert saved == (records[-1]["step"] if records else 0)
-  assert saved < STEPS
-  assert not (tmp_path / "summary.json").exists()
-  assert f"Going on after step {saved}." in assert_goes_on_to_the_same_end(tmp_path, finished)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path, finished):
-  process = Process(tmp_path)
-  process.wait_for("step 1/")
-  time.sleep(random.uniform(0, 0.5))
-  process.process.kill()
-  assert process.end()[0] == -signal.SIGKILL
-  lines = assert_goes_on_to_the_same_end(tmp_path, finished)
-  assert not any(line.startswith("Traceback") for line in lines)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_second_interrupt_ends_the_process_at_once_and_harms_nothing(tmp_path, finished):
-  process = Process(tmp_path)
+def interrupt_twice(workdir):
+  """Starts the run and sends two interrupts while it loads: the process ends at once."""
+  process = Process(workdir)
   process.wait_for("Loading models")
   process.process.send_signal(signal.SIGINT)
   # The first one is seen by the kernel at once, by Python between two of its instructions.
@@ -187,7 +142,58 @@ def test_a_second_interrupt_ends_the_process_at_once_and_harms_nothing(tmp_path,
   assert (code, error) == (-signal.SIGINT, "")
   assert time.monotonic() - sent < 5
   assert not any(line.startswith("step ") for line in lines)
-  assert_goes_on_to_the_same_end(tmp_path, finished)
+
+
+def stop(workdir, number, code, after):
+  """Starts the run and sends a signal after a line that begins so: the run saves its last step.
+
+  Returns that step and the lines of the output."""
+  process = Process(workdir)
+  process.wait_for(after)
+  process.process.send_signal(number)
+  found, lines, error = process.end()
+  assert (found, error) == (code, "")
+  assert lines[-1] == f"stopped by {number.name}; the same command goes on."
+  records = runs.metrics(workdir)
+  saved = newest(workdir)
+  assert saved == (records[-1]["step"] if records else 0)
+  assert saved < STEPS
+  assert not (workdir / "summary.json").exists()
+  return saved, lines
+
+
+def kill(workdir, after):
+  """Starts the run and kills it soon after a line that begins so; returns the lines."""
+  process = Process(workdir)
+  process.wait_for(after)
+  time.sleep(random.uniform(0, 0.5))
+  process.process.kill()
+  code, lines, _ = process.end()
+  assert code == -signal.SIGKILL
+  return lines
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_that_is_stopped_in_every_way_goes_on_to_the_same_end(tmp_path, finished):
+  """One run, in whose folder each start goes on with what the one before has left."""
+  interrupt_twice(tmp_path)
+  # Before the first step there is nothing to save but the state that it begins with.
+  saved, lines = stop(tmp_path, signal.SIGINT, 130, "Loading models")
+  assert saved == 0 and not any(line.startswith("Going on") for line in lines)
+  saved, lines = stop(tmp_path, signal.SIGTERM, 143, "step 1/")
+  assert saved > 0 and "Going on after step 0." in lines
+  lines = kill(tmp_path, f"step {saved + 1}/")
+  assert f"Going on after step {saved}." in lines
+  # From the last checkpoint of the killed one.
+  code, lines, error = Process(tmp_path).end()
+  assert (code, error) == (0, "")
+  assert not any(line.startswith("Traceback") for line in lines)
+  pairs = zip(runs.metrics(tmp_path), runs.metrics(finished), strict=True)
+  for ours, theirs in (map(runs.reproducible, pair) for pair in pairs):
+    assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-6)
+  assert runs.dialogue_files(tmp_path) == runs.dialogue_files(finished)
+  assert newest(tmp_path) == STEPS
 
 
 def default_action(pid: int, number: int) -> bool:

@@ -10,12 +10,20 @@ import pytest
 import runs
 from test_transcripts import RECORD, changed, lines
 
+from rlver_jax import cli, leaderboard
 
-def run(*words):
-  command = [sys.executable, "-m", "rlver_jax.leaderboard", *map(str, words)]
-  return subprocess.run(
-    command, cwd=runs.REPOSITORY, capture_output=True, text=True, check=False, timeout=120
-  )
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+  """Runs the command in this process; returns exit code, stdout and stderr."""
+
+  def call(*words):
+    return runs.command_in_process(
+      monkeypatch, capfd, *map(str, words), run=lambda: cli.run(leaderboard.main, operands=True)
+    )
+
+  with runs.command_settings(monkeypatch):
+    yield call
 
 
 @pytest.fixture
@@ -29,10 +37,10 @@ def files(tmp_path):
   ]
 
 
-def test_text_has_the_best_first_and_compares_it(files):
-  done = run(*files)
-  assert done.returncode == 0 and not done.stderr
-  board, comparison = done.stdout.split("\n\n")
+def test_text_has_the_best_first_and_compares_it(run, files):
+  code, out, err = run(*files)
+  assert code == 0 and not err
+  board, comparison = out.split("\n\n")
   assert [line.split()[:3] for line in board.splitlines()[1:]] == [
     ["better", "4", "44.0"], ["worse", "4", "36.0"],
   ]  # fmt: skip
@@ -42,14 +50,13 @@ def test_text_has_the_best_first_and_compares_it(files):
   assert comparison.splitlines()[1].split() == cells
 
 
-def test_csv_and_markdown_have_the_same_cells(files):
-  found = {form: run(files[0], f"--format={form}", "--by=need") for form in ("csv", "markdown")}
-  rows = list(csv.reader(io.StringIO(found["csv"].stdout)))
+def test_csv_and_markdown_have_the_same_cells(run, files):
+  found = {form: run(files[0], f"--format={form}", "--by=need")[1] for form in ("csv", "markdown")}
+  rows = list(csv.reader(io.StringIO(found["csv"])))
   assert rows[0][:6] == ["model", "need", "dialogues", "score", "95% low", "95% high"]
   assert [row[1] for row in rows[1:]] == ["all", "emotional"]
   marked = [
-    [cell.strip() for cell in line.strip("|").split("|")]
-    for line in found["markdown"].stdout.splitlines()
+    [cell.strip() for cell in line.strip("|").split("|")] for line in found["markdown"].splitlines()
   ]
   joined = [  # of three pairs of columns the other form has one
     [*row[:4], f"{row[4]} to {row[5]}", row[6], f"{row[7]} to {row[8]}", row[9],
@@ -61,48 +68,55 @@ def test_csv_and_markdown_have_the_same_cells(files):
   assert marked[0][3:9] == heads
 
 
-def test_csv_is_one_table(files):
-  models = run(*files, "--format=csv").stdout.splitlines()
+def test_csv_is_one_table(run, files):
+  models = run(*files, "--format=csv")[1].splitlines()
   assert len(models) == 3 and {line.count(",") for line in models} == {12}
-  differences = run(*files, "--format=csv", "--table=differences").stdout.splitlines()
+  differences = run(*files, "--format=csv", "--table=differences")[1].splitlines()
   assert differences[1] == "worse,4,+8.0,+8.0,+8.0,0.1250"
-  assert run(files[0], "--table=differences").returncode == 2
+  assert run(files[0], "--table=differences")[0] == 2
 
 
-def test_a_broken_record_is_named_and_counted_around_only_when_asked(tmp_path):
+def test_a_broken_record_is_named_and_counted_around_only_when_asked(run, tmp_path):
   path = lines(tmp_path / "a.jsonl", RECORD, changed(id="b", emo_point=50), changed(id="c"))
-  done = run(path)
-  assert done.returncode == 2 and not done.stdout
-  first, *_, last = done.stderr.splitlines()
+  code, out, err = run(path)
+  assert code == 2 and not out
+  first, *_, last = err.splitlines()
   assert first == (
     f"{path}, line 2: found 50 as 'emo_point', expected 44, the emotion after the last change."
   )
-  assert "the files have 1 that cannot be counted" in last and "Traceback" not in done.stderr
-  done = run(path, "--skip_broken")
-  assert done.returncode == 0 and done.stdout.splitlines()[1].split()[:3] == ["a", "2", "44.0"]
-  assert first in done.stderr and "broken records: 1 of 3." in done.stderr
+  assert "the files have 1 that cannot be counted" in last and "Traceback" not in err
+  code, out, err = run(path, "--skip_broken")
+  assert code == 0 and out.splitlines()[1].split()[:3] == ["a", "2", "44.0"]
+  assert first in err and "broken records: 1 of 3." in err
 
 
-def test_a_file_without_records_is_named_and_counted_around_only_when_asked(tmp_path):
+def test_a_file_without_records_is_named_and_counted_around_only_when_asked(run, tmp_path):
   good, empty = lines(tmp_path / "a.jsonl", RECORD), tmp_path / "empty.jsonl"
   empty.write_bytes(b"")
-  assert run(good, empty).returncode == 2
-  done = run(good, empty, "--skip_broken")
-  assert done.returncode == 0 and done.stdout.splitlines()[1].startswith("a ")
-  assert "empty.jsonl: no record" in done.stderr
+  assert run(good, empty)[0] == 2
+  code, out, err = run(good, empty, "--skip_broken")
+  assert code == 0 and out.splitlines()[1].startswith("a ")
+  assert "empty.jsonl: no record" in err
 
 
 def test_a_terminal_that_cannot_show_a_character_gets_the_rest(tmp_path, monkeypatch):
   path = lines(tmp_path / "a.jsonl", changed(character="悲\nob|c"))
   monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-  done = run(path, "--by=character", "--format=markdown")
+  command = [sys.executable, "-m", "rlver_jax.leaderboard", path]
+  done = subprocess.run(
+    [*command, "--by=character", "--format=markdown"],
+    cwd=runs.REPOSITORY,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
   assert done.returncode == 0 and "| ? ob\\|c |" in done.stdout
 
 
-def test_scenarios_are_checked(tmp_path):
+def test_scenarios_are_checked(run, tmp_path):
   path = lines(tmp_path / "a.jsonl", RECORD)
-  done = run(path, "--scenarios=en")
-  assert done.returncode == 2 and "the id 'bike', expected one of the 64 scenarios" in done.stderr
+  code, _, err = run(path, "--scenarios=en")
+  assert code == 2 and "the id 'bike', expected one of the 64 scenarios" in err
 
 
 @pytest.mark.parametrize(
@@ -118,15 +132,15 @@ def test_scenarios_are_checked(tmp_path):
     (["{a}", "--by=need", "--table=differences"], "--by is given"),
   ],
 )
-def test_a_mistake_is_one_sentence(tmp_path, words, said):
+def test_a_mistake_is_one_sentence(run, tmp_path, words, said):
   paths = {
     "a": lines(tmp_path / "a.jsonl", RECORD), "empty": tmp_path / "empty.jsonl",
     "bad": lines(tmp_path / "bad.jsonl", b"?"), "folder": tmp_path,
   }  # fmt: skip
   paths["empty"].write_bytes(b"")
-  done = run(*(word.format(**paths) for word in words))
-  assert done.returncode == 2 and said in done.stderr.splitlines()[-1]
-  assert "Traceback" not in done.stderr and not done.stdout
+  code, out, err = run(*(word.format(**paths) for word in words))
+  assert code == 2 and said in err.splitlines()[-1]
+  assert "Traceback" not in err and not out
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The page of runs: what it holds against a plain reading of their files, and that it is safe."""
 
 import base64
+import functools
 import hashlib
 import json
 import re
@@ -13,6 +14,7 @@ from test_closing import played
 
 from configs import eval as eval_config
 from configs import sft
+from rlver_jax import cli, report
 from rlver_jax import workdir as workdir_lib
 from rlver_jax.dialogue import records, scenario
 from rlver_jax.dialogue.dialogue import Dialogue, Plan, PolicyReply, Rules, UserMessage
@@ -275,22 +277,33 @@ def test_broken_folders_are_named(tmp_path):
     made(run)
 
 
-def command(*words):
-  command = [sys.executable, "-m", "rlver_jax.report", *map(str, words)]
-  return subprocess.run(
-    command, cwd=runs.REPOSITORY, capture_output=True, text=True, check=False, timeout=300
+@pytest.fixture
+def run_report(monkeypatch, capfd):
+  """Runs the command in this process; returns exit code, stdout and stderr."""
+  with runs.command_settings(monkeypatch):
+    yield functools.partial(
+      runs.command_in_process,
+      monkeypatch,
+      capfd,
+      run=lambda: cli.run(report.main, operands=True),
+    )
+
+
+def test_the_command(run, run_report, tmp_path):
+  done = subprocess.run(
+    [sys.executable, "-m", "rlver_jax.report", run, "--dialogues=3"],
+    cwd=runs.REPOSITORY,
+    capture_output=True,
+    text=True,
+    timeout=300,
   )
-
-
-def test_the_command(run, tmp_path):
-  done = command(run, "--dialogues=3")
   page = run / "report.html"
   assert done.returncode == 0 and done.stdout == f"Wrote {page}: 1 run(s), 15 dialogues.\n"
   assert page.read_text("utf-8") == writing.page(made(run, most=3))
   assert not list(run.glob(".*.tmp"))
-  done = command(run, f"--out={tmp_path / 'no' / 'page.html'}")
-  assert (done.returncode, done.stdout) == (2, "")
-  assert re.fullmatch(r"rlver_jax: --out is .*, which cannot be written .*\n", done.stderr)
+  code, out, err = run_report(str(run), f"--out={tmp_path}/no/page.html")
+  assert (code, out) == (2, "")
+  assert re.fullmatch(r"rlver_jax: --out is .*, which cannot be written .*\n", err)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +313,7 @@ def test_the_command(run, tmp_path):
     (("no-such-run",), "no-such-run/config.json cannot be read"),
   ],
 )  # fmt: skip
-def test_mistakes_of_the_command(words, found):
-  done = command(*words)
-  assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-  assert done.stderr.startswith("rlver_jax: ") and found in done.stderr
+def test_mistakes_of_the_command(run_report, words, found):
+  code, _, err = run_report(*words)
+  assert code == 2 and len(err.splitlines()) == 1
+  assert err.startswith("rlver_jax: ") and found in err

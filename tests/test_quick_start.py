@@ -9,7 +9,7 @@ from rlver_jax.sources import open_sources
 
 pytestmark = [pytest.mark.slow, pytest.mark.optimised]
 
-STEPS, SCENARIOS = 5, 32
+STEPS, SCENARIOS = 3, 32
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import runs
 from remote_server import KEY, MODEL, VARIABLE, Answer, usual
 
 from rlver_jax.errors import BudgetSpent
-from rlver_jax.interrupt import Interrupts
+from rlver_jax.interrupt import Interrupted
 
 REMOTE = {
   "simulator.kind": "openai",
@@ -99,9 +99,16 @@ def test_the_key_is_in_nothing_that_a_run_leaves_or_prints(server, tmp_path):
     assert KEY not in text and KEY[3:] not in text and KEY[-10:] not in text
 
 
-def test_a_spent_budget_saves_and_a_larger_one_goes_on(server, tmp_path):
-  workdir = tmp_path / "run"
-  runs.play(runs.config(**changes(server, steps=1)), workdir)
+def test_a_run_goes_on_after_a_silent_server_and_after_a_spent_budget(server, tmp_path):
+  workdir, config = tmp_path / "run", runs.config(**changes(server, steps=1))
+  # Ctrl-C is heard while the server is silent (for longer than this test, so that no late answer
+  # is counted below), and the run goes on from there as if nothing had been.
+  server.decide = lambda c: Answer("late", delay=600)
+  with pytest.raises(Interrupted):
+    runs.play(config, workdir, lambda: runs.StopAt(5))
+  server.decide = usual
+  assert runs.play(config, workdir)["steps"] == 1
+  # A spent budget saves, and a larger one goes on.
   spent = json.loads((workdir / "spent.json").read_text())
   used = spent["prompt_tokens"] + spent["completion_tokens"]
   budget = {"simulator.remote.token_budget": int(1.5 * used)}
@@ -118,34 +125,25 @@ def test_a_spent_budget_saves_and_a_larger_one_goes_on(server, tmp_path):
   assert runs.play(config, workdir)["steps"] == 3
 
 
-def test_ctrl_c_is_heard_while_the_server_is_silent(server, tmp_path):
-  """And the run goes on from there as if nothing had been."""
-  from rlver_jax.interrupt import Interrupted
-
-  server.decide = lambda c: Answer("late", delay=60)
-  config = runs.config(**changes(server, steps=1))
-  with pytest.raises(Interrupted):
-    runs.play(config, tmp_path / "run", lambda: runs.StopAt(5))
-  server.decide = usual
-  assert runs.play(config, tmp_path / "run", Interrupts)["steps"] == 1
-
-
-def test_mistakes_end_before_anything_is_loaded(server, tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
+def test_mistakes_end_before_anything_is_loaded(server, tmp_path, monkeypatch, capfd, caplog):
   def refusal(**more):
-    process = runs.start(runs.command(tmp_path / "run", **changes(server) | more))
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, out) == (2, ""), err
+    command = runs.command(tmp_path / "run", **changes(server) | more)
+    code, out, err = runs.command_in_process(monkeypatch, capfd, *command[3:])
+    assert (code, out) == (2, ""), err
     assert err.count("\n") == 1 and err.startswith("rlver_jax: ") and KEY not in err
+    assert not caplog.text  # which a process of its own would write to stderr
     assert not (tmp_path / "run").exists()
     return err
 
-  assert "does not serve" in refusal(**{"simulator.remote.model": "nobody"})
-  with socket.create_server(("127.0.0.1", 0)) as free:
-    port = free.getsockname()[1]
-  url = f"http://127.0.0.1:{port}/v1"
-  assert "no server answers" in refusal(**{"simulator.remote.base_url": url})
-  monkeypatch.delenv(VARIABLE)
-  assert "is not set" in refusal()
+  with runs.command_settings(monkeypatch):
+    assert "does not serve" in refusal(**{"simulator.remote.model": "nobody"})
+    with socket.create_server(("127.0.0.1", 0)) as free:
+      port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/v1"
+    assert "no server answers" in refusal(**{"simulator.remote.base_url": url})
+    monkeypatch.delenv(VARIABLE)
+    assert "is not set" in refusal()
 
 
 ONE_OF_TWO = """

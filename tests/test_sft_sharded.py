@@ -1,7 +1,7 @@
 """A supervised update on 8 emulated devices against one device.
 
 The number of devices is fixed when JAX starts, so each mesh has a process of its own, which runs
-this file as a script and leaves what it computed in a file.
+this file as a script and leaves what it computed in files.
 """
 
 import json
@@ -14,12 +14,19 @@ import numpy as np
 import pytest
 
 ONE, ALL_AXES = (1, 1, 1), (2, 2, 2)
+RANKS = (0, 4)  # of adapters; 0: the whole model is trained
 
 pytestmark = pytest.mark.slow
 
 
-def work(mesh: tuple[int, int, int], folder: pathlib.Path, rank: int) -> None:
-  """Two updates and the loss before them; writes arrays.npz."""
+def work(mesh: tuple[int, int, int], folder: pathlib.Path) -> None:
+  """What is computed on this mesh; writes rank0.npz and rank4.npz."""
+  for rank in RANKS:
+    np.savez(folder / f"rank{rank}.npz", **update(mesh, folder, rank))
+
+
+def update(mesh: tuple[int, int, int], folder: pathlib.Path, rank: int) -> dict[str, np.ndarray]:
+  """Of two updates the metrics, the loss before each, and the weights at the end."""
   import jax
 
   from configs import sft as sft_configs
@@ -58,18 +65,23 @@ def work(mesh: tuple[int, int, int], folder: pathlib.Path, rank: int) -> None:
     arrays |= {f"{name}{step}": value for name, value in numbers.items()}
   model = state.policy.model if base is None else merge(Adapted(base, state.policy.model))
   arrays |= {f"weight{i}": x for i, x in enumerate(jax.tree.leaves(model))}
-  np.savez(folder / "arrays.npz", **jax.device_get(arrays))
+  return jax.device_get(arrays)
 
 
-def start(mesh, folder, rank):
-  folder.mkdir()
-  emulated.output(math.prod(mesh), __file__, json.dumps(mesh), folder, rank)
-  return dict(np.load(folder / "arrays.npz"))
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory):
+  """By mesh and rank, what its process has computed."""
+  found = {}
+  for mesh in (ONE, ALL_AXES):
+    folder = tmp_path_factory.mktemp("mesh")
+    emulated.output(math.prod(mesh), __file__, json.dumps(mesh), folder)
+    found |= {(mesh, rank): dict(np.load(folder / f"rank{rank}.npz")) for rank in RANKS}
+  return found
 
 
-@pytest.mark.parametrize("rank", [0, 4], ids=["whole", "adapters"])
-def test_an_update_on_a_mesh_is_that_of_one_device(tmp_path, rank):
-  one, many = (start(mesh, tmp_path / f"on{np.prod(mesh)}", rank) for mesh in (ONE, ALL_AXES))
+@pytest.mark.parametrize("rank", RANKS, ids=["whole", "adapters"])
+def test_an_update_on_a_mesh_is_that_of_one_device(computed, rank):
+  one, many = (computed[mesh, rank] for mesh in (ONE, ALL_AXES))
   assert one.keys() == many.keys() and one["loss1"] < one["loss0"]
   assert one["held_out0"] == pytest.approx(one["loss0"], abs=1e-5)
   for name, value in one.items():
@@ -77,4 +89,4 @@ def test_an_update_on_a_mesh_is_that_of_one_device(tmp_path, rank):
 
 
 if __name__ == "__main__":
-  work(tuple(json.loads(sys.argv[1])), pathlib.Path(sys.argv[2]), int(sys.argv[3]))
+  work(tuple(json.loads(sys.argv[1])), pathlib.Path(sys.argv[2]))

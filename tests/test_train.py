@@ -1,6 +1,7 @@
 """The loop as a whole: what a run leaves, that it can be stopped anywhere, and how it diverges."""
 
 import json
+import shutil
 import signal
 
 import jax
@@ -154,12 +155,8 @@ def test_a_finished_run_is_left_alone_and_gets_the_summary_that_a_kill_took(run,
   assert json.loads((workdir / "summary.json").read_text()) == summary
 
 
-@pytest.mark.parametrize(
-  "stops",
-  [pytest.param((2,), marks=pytest.mark.slow, id="in the first step"), pytest.param((5, 7))],
-)
-def test_a_run_that_is_stopped_and_resumed_is_the_same_run(run, settings, tmp_path, stops, capsys):
-  check_resumed(run[0], settings, tmp_path, stops)
+def test_a_run_that_is_stopped_and_resumed_is_the_same_run(run, settings, tmp_path, capsys):
+  check_resumed(run[0], settings, tmp_path, stops=(5, 7))
   assert "Going on after step" in capsys.readouterr().out
 
 
@@ -220,35 +217,36 @@ def test_a_mixture_gives_each_group_a_level(tmp_path):
 
 
 @pytest.mark.slow
-def test_lines_and_dialogues_of_a_step_that_was_not_saved_are_made_again(run, settings, tmp_path):
-  """What a kill leaves: the step's files are there, its checkpoint is not."""
-  with pytest.raises(Interrupted):
-    runs.play(settings, tmp_path, lambda: runs.StopAt(6))
-  saved = Checkpoints(str(tmp_path / "checkpoints"), keep=None).latest()
-  with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
-    file.write(f'{{"step": {saved + 1}, "reward/mean": 7.0}}\n{{"step": {saved + 2}, "rew')
-  (tmp_path / "dialogues" / f"step_{saved + 1:06d}.jsonl").write_text("{}\n")
-  runs.play(settings, tmp_path)
-  assert_same_run(tmp_path, run[0])
-
-
-@pytest.mark.slow
-def test_a_file_that_cannot_be_written_is_named_and_the_run_goes_on_later(run, settings, tmp_path):
+def test_a_run_goes_on_after_a_full_disk_a_stop_in_its_first_step_and_a_kill(
+  run, settings, tmp_path
+):
+  # The file that cannot be written is named.
   runs.claim(str(tmp_path), settings)
   (tmp_path / "dialogues").write_text("")
   with pytest.raises(UserError) as refusal:
     runs.play(settings, tmp_path)
   assert str(refusal.value).startswith(f"workdir {tmp_path} cannot be written (File exists)")
   (tmp_path / "dialogues").unlink()
+  for n in (2, 6):  # questions whether it shall stop: the first is in the first step
+    with pytest.raises(Interrupted):
+      runs.play(settings, tmp_path, lambda n=n: runs.StopAt(n))
+    saved = Checkpoints(str(tmp_path / "checkpoints"), keep=None).latest()
+    assert saved == 0 if n == 2 else saved > 0
+  # What a kill leaves: files of steps whose checkpoint is not there.
+  with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
+    file.write(f'{{"step": {saved + 1}, "reward/mean": 7.0}}\n{{"step": {saved + 2}, "rew')
+  (tmp_path / "dialogues" / f"step_{saved + 1:06d}.jsonl").write_text("{}\n")
   runs.play(settings, tmp_path)
   assert_same_run(tmp_path, run[0])
+  states = [runs.restored(folder, settings)[0] for folder in (tmp_path, run[0])]
+  assert all(jax.tree.leaves(jax.tree.map(np.array_equal, *states)))
 
 
 @pytest.mark.slow
 def test_more_steps_go_on_from_the_last(run, settings, tmp_path):
-  runs.play(settings, tmp_path)
-  runs.play(runs.config(**flat_config.flatten(settings) | {"steps": 5}), tmp_path)
-  ours, theirs = ([runs.reproducible(r) for r in runs.metrics(w)] for w in (tmp_path, run[0]))
+  workdir = shutil.copytree(run[0], tmp_path / "run")
+  runs.play(runs.config(**flat_config.flatten(settings) | {"steps": 5}), workdir)
+  ours, theirs = ([runs.reproducible(r) for r in runs.metrics(w)] for w in (workdir, run[0]))
   assert [record["step"] for record in ours] == [1, 2, 3, 4, 5]
   assert ours[:4] == theirs
 

@@ -21,17 +21,19 @@ def run_steps(
     "simulator.dtype": "float32",
     "simulator.max_plan_tokens": 4,
     "simulator.max_message_tokens": 4,
+    "simulator.reparse": 0,
     "simulator.templates": "tiny",  # prompts of a few words, as are the scenarios
     "simulator.cache_length": 1024,
     "data.path": "tiny",
     "dialogue.max_turns": 2,
     "sampling.max_new_tokens": 8,
-    "sampling.max_prompt_tokens": 256,
-    "sampling.max_response_tokens": 128,
-    "sampling.smallest_window": 1024,  # one window and one bucket: few programs to compile
+    "sampling.max_prompt_tokens": 128,
+    "sampling.max_response_tokens": 64,
+    # One window, one bucket and one row length: few programs to compile.
+    "sampling.smallest_window": 1024,
     "sampling.extend_buckets": (128,),
     "training.microbatch": 2,
-    "training.smallest_row": 128,
+    "training.smallest_row": 192,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
     "log.tensorboard": False,
