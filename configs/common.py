@@ -64,7 +64,7 @@ def _tiny(config: ConfigDict) -> None:
   # The least probable tokens of so small a model spell no word. A reply without an end holds up all
   # other dialogues; an appraisal, of about 50 tokens, is to be drawn in one go.
   config.sampling.update(
-    temperature=0.75, top_p=0.95, max_new_tokens=48, max_prompt_tokens=96, max_response_tokens=768,
+    temperature=0.65, top_p=0.95, max_new_tokens=48, max_prompt_tokens=96, max_response_tokens=768,
     extend_buckets=(32, 96), smallest_window=1024, decode_steps=64,
   )  # fmt: skip
   config.reward.kind = "change"

@@ -73,8 +73,11 @@ _MIXED = Plan(
   able=0.22,
   **_WORDS,
 )
-_POLICY = dataclasses.replace(
+_POORER = dataclasses.replace(
   _MIXED, habits=dataclasses.replace(_MIXED.habits, matched=0.15, poor=0.5), able=0.18
+)
+_POLICY = dataclasses.replace(
+  _MIXED, habits=dataclasses.replace(_MIXED.habits, matched=0.1, poor=0.65), able=0.12
 )
 # A simulated user meets more of what is rare and of what a policy in training comes up with.
 _SIMULATOR = Plan(
@@ -99,6 +102,7 @@ STAGES = {
     Stage(_VARIED, 6000, 1200, 3, 1792, 3e-3),
     Stage(dataclasses.replace(_MIXED, able=0.3), 2500, 300, 3, 1664, 2e-3),
     Stage(_MIXED, 4500, 500, 3, 1664, 2e-3),
+    Stage(_POORER, 3600, 400, 3, 1664, 2e-3),
     Stage(_POLICY, 3600, 400, 3, 1664, 2e-3),
   ),
   "simulator": (
