@@ -40,8 +40,6 @@ def train(
   latest = checkpoints.latest()
   finished = latest is not None and latest >= config.steps
   heldout.check(config, sources, workdir)
-  if not finished:
-    heldout.forget_after(config, workdir)
   if finished:
     print(
       f"The run in {workdir} has all its {config.steps} steps; a larger --config.steps goes on."
@@ -49,6 +47,8 @@ def train(
     if not heldout.missing(config, sources, workdir, "after"):
       checkpoints.close()
       return finish(config, sources, workdir)  # a run killed at its very end left none
+  else:
+    heldout.forget_after(config, workdir)
   writer = metrics_lib.MetricsWriter(workdir, config.log.tensorboard)
   print("Loading models and compiling ...", flush=True)
   started = time.perf_counter()

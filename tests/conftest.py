@@ -1,6 +1,7 @@
 """Fixtures that several test modules share, and the programs that all tests compile."""
 
 import atexit
+import functools
 import os
 import pathlib
 import shutil
@@ -26,6 +27,7 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import remote_server
+import runs
 
 # They take minutes each: begun last, they would keep one process busy when the other has ended.
 # The first holds 15 GB, which leaves no room beside another test of the real checkpoint.
@@ -55,6 +57,13 @@ def qwen_path() -> pathlib.Path:
   if not path or not pathlib.Path(path, "config.json").exists():
     pytest.skip("RLVER_QWEN_PATH does not name a Qwen2.5-0.5B checkpoint directory")
   return pathlib.Path(path)
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+  """Runs a program's command line in this process, as `runs.command_in_process` does."""
+  with runs.command_settings(monkeypatch):
+    yield functools.partial(runs.command_in_process, monkeypatch, capfd)
 
 
 @pytest.fixture

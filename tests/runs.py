@@ -4,7 +4,6 @@ import contextlib
 import json
 import pathlib
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from absl import flags as absl_flags
 from ml_collections import ConfigDict
+from subprocesses import REPOSITORY
 
 from configs import grpo
 from rlver_jax import cli, flat_config, interrupt, main, sft, train, trainables
@@ -26,8 +26,6 @@ from rlver_jax.partitioning import make_mesh
 from rlver_jax.rl.learner import LearnerState
 from rlver_jax.sources import open_sources
 from rlver_jax.workdir import claim
-
-REPOSITORY = pathlib.Path(__file__).parents[1]
 
 # One attention window, one bucket and one row length: few programs to compile. (The schedule is
 # part of the update's program.)
@@ -156,7 +154,7 @@ def fields_read(config: ConfigDict, workdir: pathlib.Path, play: Callable[..., A
 def command_in_process(
   monkeypatch: pytest.MonkeyPatch,
   capfd: pytest.CaptureFixture,
-  *arguments: str,
+  *arguments: object,
   run: Callable[[], None] = lambda: cli.run(main.main, main._parse_flags),
 ) -> tuple[int, str, str]:
   """Runs a command line in this process; returns exit code, stdout and stderr.
@@ -164,7 +162,7 @@ def command_in_process(
   run: the program, that of `main` or of another module but `chat`, which has a flag that
   `evaluate` has too.
   """
-  monkeypatch.setattr(sys, "argv", ["program", *arguments])
+  monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
   absl_flags.FLAGS.unparse_flags()  # to their defaults, whichever program they are of
   for name in [name for name in absl_flags.FLAGS if name.startswith("config.")]:
     delattr(absl_flags.FLAGS, name)  # what the overrides of an earlier command have defined
@@ -209,12 +207,6 @@ def command(workdir: pathlib.Path, **changes: Any) -> list[str]:
   """The command of a run in a process of its own."""
   program = [sys.executable, "-m", "rlver_jax.main", "--config=configs/grpo.py"]
   return [*program, f"--workdir={workdir}", *flags(**changes)]
-
-
-def start(command: list[str]) -> subprocess.Popen:
-  """Starts a command in the repository, its output in pipes."""
-  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-  return subprocess.Popen(command, cwd=REPOSITORY, **pipes)
 
 
 def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:

@@ -8,13 +8,13 @@ import subprocess
 import textwrap
 import time
 
-import emulated
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import subprocesses
 
 from rlver_jax.checkpoint import Checkpoints
 from rlver_jax.errors import UserError
@@ -35,7 +35,7 @@ CONFIG = Qwen2Config(
 
 def run_python(code: str, *args: object) -> subprocess.Popen:
   """A Python process of its own, with one device."""
-  return emulated.start(1, "-c", textwrap.dedent(code), *args)
+  return subprocesses.emulating(1, "-c", textwrap.dedent(code), *args)
 
 
 def train_shapes() -> dict:
@@ -370,7 +370,7 @@ def abstract_train_state(mesh: jax.sharding.Mesh) -> dict:
 
 @pytest.mark.slow
 def test_a_sharded_state_is_restored_on_other_meshes(tmp_path):
-  assert emulated.output(8, "-c", textwrap.dedent(SHARDED), tmp_path).strip() == "done"
+  assert subprocesses.emulated(8, "-c", textwrap.dedent(SHARDED), tmp_path).strip() == "done"
 
 
 QUIET_AND_LEAN = """

@@ -4,11 +4,10 @@ import functools
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import pytest
 import runs
+import subprocesses
 
 from rlver_jax import cli, evaluate
 from rlver_jax.errors import UserError
@@ -203,34 +202,20 @@ def test_files_that_cannot_be_rescored_are_named(copied, tmp_path):
   assert refusal().endswith("has no step_*.jsonl, expected the dialogues of a run.")
 
 
-@pytest.fixture
-def run_evaluate(monkeypatch, capfd):
-  """Runs the command in this process; returns exit code, stdout and stderr."""
-  with runs.command_settings(monkeypatch):
-    yield functools.partial(
-      runs.command_in_process, monkeypatch, capfd, run=lambda: cli.run(evaluate.main)
-    )
-
-
-def test_the_command_prints_a_table_and_says_by_its_code_what_it_found(copied, run_evaluate):
+def test_the_command_prints_a_table_and_says_by_its_code_what_it_found(copied, command):
   folder = copied("scripted")
+  run = functools.partial(command, run=lambda: cli.run(evaluate.main))
   arguments = ["--mode=rescore", f"--workdir={folder}"]
-  done = subprocess.run(
-    [sys.executable, "-m", "rlver_jax.evaluate", *arguments, "--step=2"],
-    cwd=runs.REPOSITORY,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+  done = subprocesses.finished("-m", "rlver_jax.evaluate", *arguments, "--step=2")
   assert (done.returncode, done.stderr) == (0, "")
   rows = [line.rsplit(None, 1) for line in done.stdout.splitlines()]
   assert rows[0] == ["dialogues", "4"] and rows[1] == ["equal final emotions", "4"]
   assert rows[4] == ["mean absolute difference", "0.00"]
   assert rows[5:] == [["Wrote", f"{folder}/rescored.jsonl."]]
   edit(folder, lambda records: records[0].update(emo_point=77), step=2)
-  code, _, err = run_evaluate(*arguments, f"--out={folder}/mine.jsonl")
+  code, _, err = run(*arguments, f"--out={folder}/mine.jsonl")
   assert (code, err) == (1, "")
   assert [line["equal"] for line in found(folder / "mine.jsonl")].count(False) == 1
-  code, out, err = run_evaluate("--mode=rescore")
+  code, out, err = run("--mode=rescore")
   assert (code, out) == (2, "")
   assert err.startswith("rlver_jax: --mode or --workdir is missing, expected")

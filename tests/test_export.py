@@ -1,15 +1,13 @@
 """Exporting a checkpoint's policy: what transformers loads is what was trained."""
 
-import functools
 import json
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 import runs
 import safetensors.numpy
+import subprocesses
 
 from rlver_jax import cli, export, trainables
 from rlver_jax.errors import UserError
@@ -171,15 +169,6 @@ def test_a_place_that_is_taken_is_left_alone(workdir, tmp_path):
   assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
-@pytest.fixture
-def run_export(monkeypatch, capfd):
-  """Runs the command in this process; returns exit code, stdout and stderr."""
-  with runs.command_settings(monkeypatch):
-    yield functools.partial(
-      runs.command_in_process, monkeypatch, capfd, run=lambda: cli.run(export.main)
-    )
-
-
 @pytest.mark.parametrize(
   ("arguments", "expected"),
   [
@@ -191,22 +180,16 @@ def run_export(monkeypatch, capfd):
     (["--workdir=/none", "--out=b"], "/none/config.json cannot be read"),
   ],
 )
-def test_a_wrong_flag_is_named(run_export, arguments, expected):
-  code, out, err = run_export(*arguments)
+def test_a_wrong_flag_is_named(command, arguments, expected):
+  code, out, err = command(*arguments, run=lambda: cli.run(export.main))
   assert (code, out) == (2, "")
   assert err.startswith("rlver_jax: ") and err.count("\n") == 1, err
   assert expected in err
 
 
 def test_the_command_writes_and_says_so(workdir, tmp_path):
-  command = [sys.executable, "-m", "rlver_jax.export", f"--workdir={workdir}"]
-  done = subprocess.run(
-    [*command, f"--out={tmp_path}/out", "--best"],
-    cwd=runs.REPOSITORY,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+  words = [f"--workdir={workdir}", f"--out={tmp_path}/out", "--best"]
+  done = subprocesses.finished("-m", "rlver_jax.export", *words)
   assert (done.returncode, done.stderr) == (0, "")
   rewards = {record["step"]: record["reward/mean"] for record in runs.metrics(workdir)}
   best = max(rewards, key=lambda step: (rewards[step], step))

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import runs
+import subprocesses
 from jax.experimental import multihost_utils
 
 from rlver_jax.checkpoint import Checkpoints
@@ -86,7 +87,7 @@ class Process:
       "sampling.max_new_tokens": 16,
       "checkpoint.every": 2,
     }
-    self.process = runs.start(runs.command(workdir, **changes))
+    self.process = subprocesses.start(runs.command(workdir, **changes))
     self.lines: list[str] = []
     self._reader = threading.Thread(target=self._read)
     self._reader.start()

@@ -1,6 +1,7 @@
 """The leaderboard's command: tables in three forms, and what it does with broken files."""
 
 import csv
+import functools
 import io
 import os
 import subprocess
@@ -8,22 +9,16 @@ import sys
 
 import pytest
 import runs
+import subprocesses
 from test_transcripts import RECORD, changed, lines
 
 from rlver_jax import cli, leaderboard
 
 
 @pytest.fixture
-def run(monkeypatch, capfd):
+def run(command):
   """Runs the command in this process; returns exit code, stdout and stderr."""
-
-  def call(*words):
-    return runs.command_in_process(
-      monkeypatch, capfd, *map(str, words), run=lambda: cli.run(leaderboard.main, operands=True)
-    )
-
-  with runs.command_settings(monkeypatch):
-    yield call
+  return functools.partial(command, run=lambda: cli.run(leaderboard.main, operands=True))
 
 
 @pytest.fixture
@@ -102,14 +97,8 @@ def test_a_file_without_records_is_named_and_counted_around_only_when_asked(run,
 def test_a_terminal_that_cannot_show_a_character_gets_the_rest(tmp_path, monkeypatch):
   path = lines(tmp_path / "a.jsonl", changed(character="悲\nob|c"))
   monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-  command = [sys.executable, "-m", "rlver_jax.leaderboard", path]
-  done = subprocess.run(
-    [*command, "--by=character", "--format=markdown"],
-    cwd=runs.REPOSITORY,
-    capture_output=True,
-    text=True,
-    timeout=120,
-  )
+  words = [path, "--by=character", "--format=markdown"]
+  done = subprocesses.finished("-m", "rlver_jax.leaderboard", *words)
   assert done.returncode == 0 and "| ? ob\\|c |" in done.stdout
 
 

@@ -1,14 +1,13 @@
 """The command line: a mistake is one sentence and exit code 2, before anything is loaded."""
 
-import functools
 import io
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 import runs
+import subprocesses
 from absl import flags
 
 from configs import grpo
@@ -28,15 +27,14 @@ class Loaded(Exception):
 
 
 @pytest.fixture
-def run_main(monkeypatch, capfd):
+def run_main(command, monkeypatch):
   """Runs the command line in this process; returns exit code, stdout and stderr."""
 
   def load(*_):
     raise Loaded
 
   monkeypatch.setattr(source, "load_model", load)
-  with runs.command_settings(monkeypatch):
-    yield functools.partial(runs.command_in_process, monkeypatch, capfd)
+  return command
 
 
 def refusal(run, *arguments: str) -> str:
@@ -232,8 +230,7 @@ def test_the_default_workdir_is_named_after_config_and_preset(config, folder, mo
 
 def run_process(*arguments: str) -> tuple[int, str, str]:
   """Runs the command line in a process of its own; returns as `run_main`."""
-  command = [sys.executable, "-m", "rlver_jax.main", *arguments]
-  done = subprocess.run(command, cwd=runs.REPOSITORY, capture_output=True, text=True, check=False)
+  done = subprocesses.finished("-m", "rlver_jax.main", *arguments)
   return done.returncode, done.stdout, done.stderr
 
 

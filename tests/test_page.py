@@ -5,11 +5,10 @@ import functools
 import hashlib
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import runs
+import subprocesses
 from test_closing import played
 
 from configs import eval as eval_config
@@ -278,30 +277,18 @@ def test_broken_folders_are_named(tmp_path):
 
 
 @pytest.fixture
-def run_report(monkeypatch, capfd):
+def run_report(command):
   """Runs the command in this process; returns exit code, stdout and stderr."""
-  with runs.command_settings(monkeypatch):
-    yield functools.partial(
-      runs.command_in_process,
-      monkeypatch,
-      capfd,
-      run=lambda: cli.run(report.main, operands=True),
-    )
+  return functools.partial(command, run=lambda: cli.run(report.main, operands=True))
 
 
 def test_the_command(run, run_report, tmp_path):
-  done = subprocess.run(
-    [sys.executable, "-m", "rlver_jax.report", run, "--dialogues=3"],
-    cwd=runs.REPOSITORY,
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
+  done = subprocesses.finished("-m", "rlver_jax.report", run, "--dialogues=3")
   page = run / "report.html"
   assert done.returncode == 0 and done.stdout == f"Wrote {page}: 1 run(s), 15 dialogues.\n"
   assert page.read_text("utf-8") == writing.page(made(run, most=3))
   assert not list(run.glob(".*.tmp"))
-  code, out, err = run_report(str(run), f"--out={tmp_path}/no/page.html")
+  code, out, err = run_report(run, f"--out={tmp_path}/no/page.html")
   assert (code, out) == (2, "")
   assert re.fullmatch(r"rlver_jax: --out is .*, which cannot be written .*\n", err)
 

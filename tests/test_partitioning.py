@@ -1,9 +1,9 @@
 """The mesh, and where the table puts an array on it."""
 
-import emulated
 import jax
 import numpy as np
 import pytest
+import subprocesses
 from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
@@ -137,7 +137,7 @@ with p.layout(mesh):
 
 
 def test_a_mesh_of_eight_devices():
-  out = emulated.output(8, "-c", EIGHT_DEVICES)
+  out = subprocesses.emulated(8, "-c", EIGHT_DEVICES)
   # A device holds 1 of 4 rows and 3 of 6 columns of the first array, in float32, and all 5
   # entries of the second, in bfloat16.
   held = 1 * 3 * 4 + 5 * 2

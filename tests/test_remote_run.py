@@ -10,6 +10,7 @@ import textwrap
 import numpy as np
 import pytest
 import runs
+import subprocesses
 from remote_server import KEY, MODEL, VARIABLE, Answer, usual
 
 from rlver_jax.errors import BudgetSpent
@@ -81,7 +82,7 @@ def test_a_run_drops_the_dialogues_whose_user_fails(server, tmp_path):
 def test_the_key_is_in_nothing_that_a_run_leaves_or_prints(server, tmp_path):
   """With every log on, through faults, a refused key that the server quotes, and a failed end."""
   server.decide = lambda c: usual(c) if c.number else Answer(status=500, body=KEY.encode())
-  process = runs.start(
+  process = subprocesses.start(
     [*runs.command(tmp_path / "run", **changes(server, steps=2)), "--verbosity=1"]
   )
   out, err = process.communicate(timeout=300)
@@ -90,7 +91,7 @@ def test_the_key_is_in_nothing_that_a_run_leaves_or_prints(server, tmp_path):
   assert "openai._base_client" in err or "HTTP Request" in err, err[:3000]
   server.decide = lambda c: Answer(status=403, body=KEY.encode())
   more = changes(server, steps=4) | {"simulator.remote.failure_budget": 2}
-  process = runs.start([*runs.command(tmp_path / "run", **more), "--verbosity=1"])
+  process = subprocesses.start([*runs.command(tmp_path / "run", **more), "--verbosity=1"])
   out_2, err_2 = process.communicate(timeout=300)
   assert process.returncode == 1, err_2
   left = everything(tmp_path / "run")
@@ -126,24 +127,23 @@ def test_a_run_goes_on_after_a_silent_server_and_after_a_spent_budget(server, tm
 
 
 @pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
-def test_mistakes_end_before_anything_is_loaded(server, tmp_path, monkeypatch, capfd, caplog):
+def test_mistakes_end_before_anything_is_loaded(server, tmp_path, command, monkeypatch, caplog):
   def refusal(**more):
-    command = runs.command(tmp_path / "run", **changes(server) | more)
-    code, out, err = runs.command_in_process(monkeypatch, capfd, *command[3:])
+    words = runs.command(tmp_path / "run", **changes(server) | more)[3:]
+    code, out, err = command(*words)
     assert (code, out) == (2, ""), err
     assert err.count("\n") == 1 and err.startswith("rlver_jax: ") and KEY not in err
     assert not caplog.text  # which a process of its own would write to stderr
     assert not (tmp_path / "run").exists()
     return err
 
-  with runs.command_settings(monkeypatch):
-    assert "does not serve" in refusal(**{"simulator.remote.model": "nobody"})
-    with socket.create_server(("127.0.0.1", 0)) as free:
-      port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}/v1"
-    assert "no server answers" in refusal(**{"simulator.remote.base_url": url})
-    monkeypatch.delenv(VARIABLE)
-    assert "is not set" in refusal()
+  assert "does not serve" in refusal(**{"simulator.remote.model": "nobody"})
+  with socket.create_server(("127.0.0.1", 0)) as free:
+    port = free.getsockname()[1]
+  url = f"http://127.0.0.1:{port}/v1"
+  assert "no server answers" in refusal(**{"simulator.remote.base_url": url})
+  monkeypatch.delenv(VARIABLE)
+  assert "is not set" in refusal()
 
 
 ONE_OF_TWO = """
@@ -168,7 +168,7 @@ def test_two_processes_play_the_same_dialogues(server, tmp_path):
     address = f"127.0.0.1:{free.getsockname()[1]}"
   program = [sys.executable, "-c", textwrap.dedent(ONE_OF_TWO), address]
   command = runs.command(tmp_path / "two", **changes(server) | more)[3:]
-  processes = [runs.start([*program, str(i), *command]) for i in range(2)]
+  processes = [subprocesses.start([*program, str(i), *command]) for i in range(2)]
   try:
     outputs = [process.communicate(timeout=400) for process in processes]
   finally:

@@ -2,8 +2,6 @@
 
 import functools
 import json
-import subprocess
-import sys
 
 import builders
 import jax
@@ -12,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import runs
+import subprocesses
 
 from configs import sft as sft_configs
 from rlver_jax import config as config_lib
@@ -414,18 +413,15 @@ def test_a_checkpoint_is_compared_by_the_loss_of_its_own_step(chats, tmp_path):
 
 
 @pytest.fixture
-def run_main(monkeypatch, capfd):
+def run_main(command):
   """Runs the command line in this process; returns exit code, stdout and stderr."""
 
   def call(*overrides, **changes):
     fields = SMALL | changes
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
-    return runs.command_in_process(
-      monkeypatch, capfd, "--config=configs/sft.py", *flags, *overrides
-    )
+    return command("--config=configs/sft.py", *flags, *overrides)
 
-  with runs.command_settings(monkeypatch):
-    yield call
+  return call
 
 
 GOOD = json.dumps(chat(0))
@@ -537,13 +533,9 @@ def test_updates_that_are_not_finite_end_the_run_and_the_state_is_saved(run_main
 
 @pytest.mark.slow
 def test_a_command_in_a_process_of_its_own(chats, tmp_path):
-  program = [sys.executable, "-m", "rlver_jax.main", "--config=configs/sft.py"]
+  program = ["-m", "rlver_jax.main", "--config=configs/sft.py"]
   flags = [f"--config.{name}={value}" for name, value in SMALL.items()]
-
-  def command(*more):
-    return subprocess.run(
-      [*program, *flags, *more], cwd=runs.REPOSITORY, capture_output=True, text=True, check=False
-    )
+  command = functools.partial(subprocesses.finished, *program, *flags)
 
   broken = command(f"--workdir={tmp_path}/a", "--config.data.path=/none.jsonl")
   assert (broken.returncode, broken.stdout) == (2, "")

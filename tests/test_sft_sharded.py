@@ -9,9 +9,9 @@ import math
 import pathlib
 import sys
 
-import emulated
 import numpy as np
 import pytest
+import subprocesses
 
 ONE, ALL_AXES = (1, 1, 1), (2, 2, 2)
 RANKS = (0, 4)  # of adapters; 0: the whole model is trained
@@ -74,7 +74,7 @@ def computed(tmp_path_factory):
   found = {}
   for mesh in (ONE, ALL_AXES):
     folder = tmp_path_factory.mktemp("mesh")
-    emulated.output(math.prod(mesh), __file__, json.dumps(mesh), folder)
+    subprocesses.emulated(math.prod(mesh), __file__, json.dumps(mesh), folder)
     found |= {(mesh, rank): dict(np.load(folder / f"rank{rank}.npz")) for rank in RANKS}
   return found
 

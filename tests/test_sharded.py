@@ -11,9 +11,9 @@ import pathlib
 import re
 import sys
 
-import emulated
 import numpy as np
 import pytest
+import subprocesses
 
 ONE, ALL_AXES, FSDP = (1, 1, 1), (2, 2, 2), (1, 8, 1)
 B1 = 0.9
@@ -184,7 +184,7 @@ def results(tmp_path_factory):
   def get(mesh):
     if mesh not in done:
       folder = tmp_path_factory.mktemp("x".join(map(str, mesh)))
-      emulated.output(math.prod(mesh), __file__, *mesh, folder)
+      subprocesses.emulated(math.prod(mesh), __file__, *mesh, folder)
       arrays = dict(np.load(folder / "arrays.npz"))
       done[mesh] = Result(mesh, arrays, json.loads((folder / "sizes.json").read_text()))
     return done[mesh]

@@ -3,12 +3,10 @@
 import copy
 import json
 import re
-import subprocess
-import sys
 
 import builders
 import pytest
-import runs
+import subprocesses
 
 from rlver_jax.dialogue import records
 from rlver_jax.dialogue.dialogue import Dialogue, Plan, PolicyReply, Rules
@@ -202,10 +200,7 @@ def test_a_large_file_is_read_in_little_memory(tmp_path):
     "atexit.register(lambda: print(status.read_text(), file=sys.stderr))\n"
     "runpy.run_module('rlver_jax.leaderboard', run_name='__main__', alter_sys=True)"
   )
-  done = subprocess.run(
-    [sys.executable, "-c", program, "--skip_broken", str(path)],
-    cwd=runs.REPOSITORY, capture_output=True, text=True, check=False, timeout=300,
-  )  # fmt: skip
+  done = subprocesses.finished("-c", program, "--skip_broken", path)
   assert done.returncode == 0, done.stderr
   assert "large.jsonl, line 2502: found more than 8 MiB" in done.stderr
   assert "5000   44.0" in done.stdout

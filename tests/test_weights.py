@@ -8,11 +8,11 @@ import socket
 import textwrap
 import threading
 
-import emulated
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import subprocesses
 from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 
@@ -265,7 +265,7 @@ CREATED = """
 def test_eight_devices_hold_their_shares_and_the_same_values(tmp_path):
   tensors = make_tensors()
   source, out = make_directory(tmp_path / "source", tensors), tmp_path / "out"
-  emulated.output(8, "-c", textwrap.dedent(SHARDED), source, out)
+  subprocesses.emulated(8, "-c", textwrap.dedent(SHARDED), source, out)
   sharded, single = np.load(f"{out}.npz"), jax.tree.leaves(load(source))
   assert len(sharded) == len(single)
   assert all(np.array_equal(a, b) for a, b in zip(sharded.values(), single, strict=True))
@@ -275,7 +275,7 @@ def test_eight_devices_hold_their_shares_and_the_same_values(tmp_path):
 @pytest.mark.slow
 def test_initialise_gives_the_same_model_on_every_mesh(tmp_path):
   source, out = make_directory(tmp_path / "source", make_tensors()), tmp_path / "out"
-  emulated.output(8, "-c", textwrap.dedent(CREATED), source, out)
+  subprocesses.emulated(8, "-c", textwrap.dedent(CREATED), source, out)
   single = weights.initialise(config_of(source), 4, make_mesh(1, 1, 1))
   sharded, single = np.load(f"{out}.npz"), jax.tree.leaves(single)
   for a, b in zip(sharded.values(), single, strict=True):
@@ -310,7 +310,7 @@ def test_two_processes_write_one_model(tmp_path):
   with socket.create_server(("127.0.0.1", 0)) as free:
     address = f"127.0.0.1:{free.getsockname()[1]}"
   program = textwrap.dedent(TWO_PROCESSES)
-  processes = [emulated.start(4, "-c", program, address, i, source, out) for i in range(2)]
+  processes = [subprocesses.emulating(4, "-c", program, address, i, source, out) for i in range(2)]
   try:
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [7, 7], errors

@@ -65,20 +65,14 @@ class Stage:
 _WORDS = {"coined": 0.7, "strange": 0.6}
 _HELPFUL = Plan("train", Habits(0.85, 0.1, long=0.03), thinking=0.5, turns=(1, 4), **_WORDS)
 _VARIED = Plan("train", helper.ABLE, thinking=0.5, turns=(12, 16), patient=True, **_WORDS)
-_MIXED = Plan(
-  "train",
-  Habits(0.22, 0.35, long=0.03, repeated=0.0, in_turn=0.9),
-  thinking=0.5,
-  turns=(5, 10),
-  able=0.22,
-  **_WORDS,
-)
-_POORER = dataclasses.replace(
-  _MIXED, habits=dataclasses.replace(_MIXED.habits, matched=0.15, poor=0.5), able=0.18
-)
-_POLICY = dataclasses.replace(
-  _MIXED, habits=dataclasses.replace(_MIXED.habits, matched=0.1, poor=0.65), able=0.12
-)
+
+
+def _mixed(matched: float, poor: float, able: float) -> Plan:
+  habits = Habits(matched, poor, long=0.03, repeated=0.0, in_turn=0.9)
+  return Plan("train", habits, thinking=0.5, turns=(5, 10), able=able, **_WORDS)
+
+
+_POLICY = _mixed(0.1, 0.65, 0.12)
 # A simulated user meets more of what is rare and of what a policy in training comes up with.
 _SIMULATOR = Plan(
   "train",
@@ -100,9 +94,9 @@ STAGES = {
     Stage(_HELPFUL, 12000, 600, 4, 1152, 3e-3),
     Stage(_VARIED, 3000, 400, 3, 1664, 3e-3),
     Stage(_VARIED, 6000, 1200, 3, 1792, 3e-3),
-    Stage(dataclasses.replace(_MIXED, able=0.3), 2500, 300, 3, 1664, 2e-3),
-    Stage(_MIXED, 4500, 500, 3, 1664, 2e-3),
-    Stage(_POORER, 3600, 400, 3, 1664, 2e-3),
+    Stage(_mixed(0.22, 0.35, 0.3), 2500, 300, 3, 1664, 2e-3),
+    Stage(_mixed(0.22, 0.35, 0.22), 4500, 500, 3, 1664, 2e-3),
+    Stage(_mixed(0.15, 0.5, 0.18), 3600, 400, 3, 1664, 2e-3),
     Stage(_POLICY, 3600, 400, 3, 1664, 2e-3),
   ),
   "simulator": (
