@@ -25,6 +25,10 @@ os.environ["XLA_FLAGS"] = (
   f"{os.environ.get('XLA_FLAGS', '')} {cli.XLA_FLAG} --xla_cpu_parallel_codegen_split_count=1"
 )
 
+# On some CPUs XLA complains of each program in that cache, though it has compiled it there itself
+# (jax issue 38445); tests look at what is written to stderr.
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+
 import jax
 import remote_server
 import runs
@@ -66,11 +70,17 @@ def command(monkeypatch, capfd):
     yield functools.partial(runs.command_in_process, monkeypatch, capfd)
 
 
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+  """Servers of tests are on this machine, whatever proxy leads elsewhere."""
+  for name in ("NO_PROXY", "no_proxy"):
+    monkeypatch.setenv(name, "127.0.0.1,localhost")
+
+
 @pytest.fixture
 def server(monkeypatch):
   """A server for remote simulated users, whose key is in the environment."""
   monkeypatch.setenv(remote_server.VARIABLE, remote_server.KEY)
-  monkeypatch.setenv("NO_PROXY", "127.0.0.1")
   server = remote_server.Server()
   yield server
   server.close()

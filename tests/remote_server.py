@@ -111,6 +111,14 @@ class Server:
     self._thread.join()
     self._loop.close()
 
+  def settled(self) -> int:
+    """How many requests have been answered, once those that were under way are among them."""
+    before = -1
+    while before < len(self.calls):
+      before = len(self.calls)
+      time.sleep(0.5)
+    return before
+
   async def _serve(self, reader, writer):
     with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
       while True:

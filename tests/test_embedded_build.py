@@ -23,7 +23,8 @@ def short(monkeypatch):
 
 @pytest.mark.slow
 def test_a_build_is_a_function_of_its_seeds_and_goes_on_where_it_was(tmp_path, monkeypatch):
-  with runs.signals_restored():
+  monkeypatch.setenv("HOME", str(tmp_path))  # for its compilation cache
+  with runs.command_settings(monkeypatch), runs.signals_restored():
     first = build.train("policy", tmp_path / "first")
     found = json.loads((first / build.MANIFEST).read_text("utf-8"))
     assert found["files"] == build.digests(first) and "model.safetensors" in found["files"]

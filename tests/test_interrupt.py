@@ -167,7 +167,7 @@ def kill(workdir, after):
   """Starts the run and kills it soon after a line that begins so; returns the lines."""
   process = Process(workdir)
   process.wait_for(after)
-  time.sleep(random.uniform(0, 0.5))
+  time.sleep(random.Random(after).uniform(0, 0.5))
   process.process.kill()
   code, lines, _ = process.end()
   assert code == -signal.SIGKILL

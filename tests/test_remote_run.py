@@ -118,10 +118,10 @@ def test_a_run_goes_on_after_a_silent_server_and_after_a_spent_budget(server, tm
     runs.play(config, workdir)
   _, metadata = runs.restored(workdir, config)
   assert metadata["step"] == 1 and len(runs.metrics(workdir)) == 1
-  requests = len(server.calls)
+  requests = server.settled()
   with pytest.raises(BudgetSpent):  # it remembers
     runs.play(config, workdir)
-  assert len(server.calls) == requests
+  assert server.settled() == requests
   config = runs.config(**changes(server, steps=3) | {"simulator.remote.token_budget": 100 * used})
   assert runs.play(config, workdir)["steps"] == 3
 

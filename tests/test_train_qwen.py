@@ -37,6 +37,7 @@ def run_steps(
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
     "log.tensorboard": False,
+    "compilation_cache": "",  # that of the tests
   } | changes
   flags = [f"--config.{field}={value}" for field, value in overrides.items()]
   command = [

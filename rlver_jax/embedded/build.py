@@ -152,6 +152,7 @@ def train(model: str, workdir: pathlib.Path) -> pathlib.Path:
   from rlver_jax.interrupt import Interrupts
   from rlver_jax.supervised import progress
 
+  cli.configure_jax(sft_configs.get_config(f"tiny-{model}"))  # the stages' own say the same
   interrupts, last = Interrupts(), len(STAGES[model])
   exported, summary = begin(model, workdir), {}
   for number, stage in enumerate(STAGES[model], 1):
@@ -170,7 +171,6 @@ def train(model: str, workdir: pathlib.Path) -> pathlib.Path:
       config.data.kind = "chat"
     write_examples(stage, config)
     config_lib.validate(config)
-    cli.configure_jax(config)
     sources = sft.open_sources(config)
     run = workdir_lib.claim(str(workdir / f"stage{number}"), config)
     summary = sft.train_supervised(config, sources, run, interrupts)
