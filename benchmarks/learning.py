@@ -91,7 +91,7 @@ def row(name: str, folder: pathlib.Path) -> list[str]:
       f"{user['before']['final_emotion']:.1f} -> {user['after']['final_emotion']:.1f}"
       for user in (language_model, scripted)
     ),
-    f"{max(numbers['failure'] for numbers in after):.0%}",
+    f"{max(numbers['failure'] for numbers in after):.1%}",
     f"{min(numbers['strategies'] for numbers in after):.0f}",
     f"{found['steps']}",
     f"{cost['minutes']:.1f}",

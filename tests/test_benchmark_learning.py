@@ -22,7 +22,7 @@ def test_a_row_has_both_users_and_the_worse_of_what_they_saw(tmp_path):
   (tmp_path / learning.COST_FILE).write_text(json.dumps({"minutes": 9.26, "gib": 2.04}))
   lines = learning.table([learning.row("grpo direct 0", tmp_path)])
   assert lines[0].count("|") == lines[2].count("|") == len(learning.HEAD) + 1
-  assert lines[2] == ("| grpo direct 0 | 30.0 -> 80.0 | 28.0 -> 75.5 | 4% | 6 | 12 | 9.3 | 2.0 |")
+  assert lines[2] == ("| grpo direct 0 | 30.0 -> 80.0 | 28.0 -> 75.5 | 4.0% | 6 | 12 | 9.3 | 2.0 |")
 
 
 def command(monkeypatch, folder, *flags):
