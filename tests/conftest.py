@@ -25,9 +25,8 @@ os.environ["XLA_FLAGS"] = (
   f"{os.environ.get('XLA_FLAGS', '')} {cli.XLA_FLAG} --xla_cpu_parallel_codegen_split_count=1"
 )
 
-# On some CPUs XLA complains of each program in that cache, though it has compiled it there itself
-# (jax issue 38445); tests look at what is written to stderr.
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+# Servers of tests are on this machine, whatever proxy leads elsewhere.
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 
 import jax
 import remote_server
@@ -68,13 +67,6 @@ def command(monkeypatch, capfd):
   """Runs a program's command line in this process, as `runs.command_in_process` does."""
   with runs.command_settings(monkeypatch):
     yield functools.partial(runs.command_in_process, monkeypatch, capfd)
-
-
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch):
-  """Servers of tests are on this machine, whatever proxy leads elsewhere."""
-  for name in ("NO_PROXY", "no_proxy"):
-    monkeypatch.setenv(name, "127.0.0.1,localhost")
 
 
 @pytest.fixture

@@ -369,7 +369,7 @@ def test_dialogues_go_on_while_others_wait(server, make):
   assert [d.end for d in dialogues] == ["turns"] * 4
   first = next(i for i, c in enumerate(server.calls) if c.helper.startswith(slow))
   assert {c.helper for c in server.calls[:first]} > {"reply 1/2", "reply 2/2", "reply 3/2"}
-  assert policy.polls < 200  # no hot loop: about one a decoded reply, and five a second
+  assert policy.polls < 60  # no hot loop: about one a decoded reply, and five a second
 
 
 def test_polling_does_not_wait_while_the_policy_has_work(server, make, monkeypatch):
@@ -384,9 +384,9 @@ def test_polling_does_not_wait_while_the_policy_has_work(server, make, monkeypat
   simulator.submit(0, d)
   started = time.monotonic()
   assert simulator.poll() == {}
-  assert time.monotonic() - started < 0.5
+  assert time.monotonic() - started < 0.4
   assert simulator.poll(wait=True) == {}
-  assert 0.7 < time.monotonic() - started < 2
+  assert 0.7 < time.monotonic() - started < 1.6
   while not (answer := simulator.poll(wait=True)):
     pass
   assert answer[0].text == "My brother sold my bike."

@@ -64,7 +64,7 @@ def assert_same(dialogues, others):
     for segment, same in zip(d.segments, other.segments, strict=True):
       assert (segment.logprobs is None) == (same.logprobs is None)
       if segment.logprobs is not None:
-        np.testing.assert_allclose(segment.logprobs, same.logprobs, atol=5e-5)
+        np.testing.assert_allclose(segment.logprobs, same.logprobs, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,7 @@ def test_other_rows_and_microbatches_give_the_same(model, alone):
 
 def assert_same(found, wanted):
   for name in ("loss", "gradient_norm", "tokens"):
-    assert found[0][name] == pytest.approx(wanted[0][name], rel=1e-5, abs=1e-5)
+    assert found[0][name] == pytest.approx(wanted[0][name], abs=1e-5)
   largest = 0.0
   for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(wanted[1]), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)

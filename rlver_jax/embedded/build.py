@@ -152,7 +152,7 @@ def train(model: str, workdir: pathlib.Path) -> pathlib.Path:
   from rlver_jax.interrupt import Interrupts
   from rlver_jax.supervised import progress
 
-  cli.configure_jax(sft_configs.get_config(f"tiny-{model}"))  # the stages' own say the same
+  cli.configure_jax(sft_configs.get_config(f"tiny-{model}"))  # before `begin` makes arrays
   interrupts, last = Interrupts(), len(STAGES[model])
   exported, summary = begin(model, workdir), {}
   for number, stage in enumerate(STAGES[model], 1):
