@@ -19,6 +19,7 @@ RECIPES = {
 def short(monkeypatch):
   monkeypatch.setattr(build, "STAGES", RECIPES)
   monkeypatch.setattr(build, "HELD_OUT", 4)
+  monkeypatch.setattr(build, "measure", lambda model, path: {"measured": {"of": model}})
 
 
 @pytest.mark.slow
@@ -28,7 +29,7 @@ def test_a_build_is_a_function_of_its_seeds_and_goes_on_where_it_was(tmp_path, m
     first = build.train("policy", tmp_path / "first")
     found = json.loads((first / build.MANIFEST).read_text("utf-8"))
     assert found["files"] == build.digests(first) and "model.safetensors" in found["files"]
-    assert found["held_out"].keys() == {"loss"}
+    assert found["held_out"].keys() == {"loss", "measured"}
     # Stopped before its second stage, and gone on with.
     with monkeypatch.context() as patch:
       patch.setattr(build, "STAGES", {"policy": RECIPES["policy"][:1]})

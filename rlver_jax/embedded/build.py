@@ -27,8 +27,6 @@ from rlver_jax.embedded import scenarios as scenarios_lib
 from rlver_jax.embedded.dialogues import Plan
 from rlver_jax.embedded.helper import Habits
 from rlver_jax.errors import UserError
-from rlver_jax.evaluation import fidelity
-from rlver_jax.evaluation.fidelity import Fidelity
 
 ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
 MANIFEST = "manifest.json"
@@ -114,6 +112,7 @@ STAGES = {
 # Whose replies the simulated user is measured on: helpers with the habits that the policy is made
 # from last, and with worse ones.
 HELPERS = {"policy": _POLICY.habits, "in disarray": _SIMULATOR.habits}
+MEASURED = ("turns", "good", "matched", "sign", "error", "unread")
 HELD_OUT = 100  # dialogues that a stage is measured on
 DRILL_SEED = 7  # of the first weights and the exercise `repeat`, which both models begin with
 SEEDS = {"policy": 1, "simulator": 2}
@@ -179,13 +178,7 @@ def train(model: str, workdir: pathlib.Path) -> pathlib.Path:
     shutil.rmtree(exported, ignore_errors=True)
     dtype = "bfloat16" if number == last else "float32"
     export.export(run, exported, step=None, best=False, dtype=dtype)
-  held_out = {"loss": round(summary["held_out_loss"], 4)}
-  if model == "simulator":
-    for whose, habits in HELPERS.items():
-      found = measure(str(exported), habits)
-      held_out[whose] = {"turns": found.turns} | {
-        name: round(getattr(found, name), 4) for name in ("sign", "error", "unread")
-      }
+  held_out = {"loss": round(summary["held_out_loss"], 4)} | measure(model, str(exported))
   manifest = {
     "command": f"python -m rlver_jax.embedded.build --model={model}",
     "seed": SEEDS[model],
@@ -242,25 +235,19 @@ def write_examples(stage: Stage, config) -> None:
       dialogues_lib.write(pathlib.Path(path), plan, count, config.seed)
 
 
-def measure(path: str, habits: Habits) -> Fidelity:
-  """How the simulated user in this directory (or of this name) appraises what a helper with these
-  habits says to held-out users."""
-  from configs import grpo
-  from rlver_jax import build
-  from rlver_jax.dialogue import rescore
-  from rlver_jax.sources import open_sources
+def measure(model: str, path: str) -> dict[str, dict]:
+  """What the model in this directory (or of this name) does on held-out users, for its manifest:
+  of a policy what it says in each mode, of a simulated user how it takes what each helper says."""
+  from rlver_jax.embedded import measure
 
-  config = grpo.get_config("tiny")
-  config.simulator.update(path=path, temperature=0.0)
-  config.data.path, config.evaluation.path = SCENARIOS["held_out"][0], ""
-  plan = Plan("held_out", habits, 0.0, turns=(10, 10))
-  dialogues = [dialogues_lib.play(plan, number, SEED) for number in range(SCENARIOS["held_out"][1])]
-  sources = open_sources(config)
-  slots = build.slots(config, sources.mesh)
-  simulator = build.build_simulator(config, sources)
-  recorded = [fidelity.recorded(dialogue) for dialogue in dialogues]
-  found = rescore.rescore(simulator, recorded, step=0, slots=slots)
-  return fidelity.compare([fidelity.Replayed.of(r) for r in found])
+  if model == "policy":
+    found = {mode: measure.replies(path, mode) for mode in ("direct", "think")}
+  else:
+    found = {name: measure.appraisals(path, habits) for name, habits in HELPERS.items()}
+  return {
+    name: {field: round(value, 4) for field, value in numbers.items() if field in MEASURED}
+    for name, numbers in ((name, dataclasses.asdict(n)) for name, n in found.items())
+  }
 
 
 def digests(directory: pathlib.Path) -> dict[str, str]:
