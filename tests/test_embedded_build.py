@@ -1,10 +1,12 @@
 """How models of the embedded world are made: by a recipe of two short stages."""
 
 import json
+import os
 import re
 
 import pytest
 import runs
+import subprocesses
 
 from rlver_jax.embedded import build, drill, scenarios
 from rlver_jax.embedded.build import Stage
@@ -36,6 +38,33 @@ def test_a_build_is_a_function_of_its_seeds_and_goes_on_where_it_was(tmp_path, m
       build.train("policy", tmp_path / "second")
     second = build.train("policy", tmp_path / "second")
     assert build.digests(second) == found["files"]
+
+
+# Arguments: whether on one core alone, and where the model goes.
+BUILD = """
+import os, pathlib, sys
+if sys.argv.pop(1) == "one":
+  os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from rlver_jax import cli
+from rlver_jax.embedded import build
+build.ASSETS, build.HELD_OUT = pathlib.Path(sys.argv.pop(1)), 4
+build.STAGES = {"policy": (build.Stage("repeat", 40, 3, 2, 512, 3e-3),)}
+build.measure = lambda model, path: {}
+cli.run(build.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core")
+def test_a_build_does_not_depend_on_the_number_of_cores(tmp_path):
+  made = []
+  for cores in ("one", "all"):
+    out = tmp_path / cores
+    flags = ("--model=policy", f"--workdir={out / 'work'}")
+    done = subprocesses.finished("-c", BUILD, cores, out, *flags)
+    assert done.returncode == 0, done.stderr
+    made.append(build.digests(out / "tiny-policy"))
+  assert made[0] == made[1]
 
 
 def test_a_folder_of_another_recipe_is_refused(tmp_path):

@@ -8,7 +8,8 @@ A model starts from the weights of `start.py` and is trained in stages, each in 
 would take with data of their own: exercises (`drill.py`) or dialogues of the embedded world are
 written as chats or records, `sft.py` trains on them (`configs/sft.py:tiny-policy`,
 `tiny-simulator`), and `export.py` writes a Hugging Face directory. The files of the last are listed
-with their SHA-256 in a manifest. An interrupted build goes on where it was.
+with their SHA-256 in a manifest. An interrupted build goes on where it was. All runs in one thread,
+so that CPUs of a kind make the same files, however many of their cores are free.
 """
 
 import dataclasses
@@ -131,6 +132,9 @@ def main(argv: list[str]) -> int:
     return 0
   from rlver_jax.interrupt import Interrupted  # late, so that a wrong flag is answered at once
 
+  # A sum depends on how many threads it is split over, and with it what is made. XLA reads this
+  # with the first array.
+  os.environ["PJRT_NPROC"] = "1"
   workdir = pathlib.Path(cli.WORKDIR.value or f"runs/embedded-{MODEL.value}").expanduser()
   try:
     made = train(MODEL.value, workdir)
